@@ -1,0 +1,181 @@
+"""Layers that every network shares: dense with optional LoRA, norms, rotary tables, attention.
+
+Parameters carry logical axis names (`flax.linen.with_logical_partitioning`); `flax.linen.meta.unbox` removes the boxes.
+Networks are applied with plain (unboxed) trees. Names in use:
+
+- parameters: ``layers`` (scanned blocks), ``embed``, ``heads`` (heads x head_dim), ``mlp``, ``vocab``, ``norm``, ``time``,
+  ``in_channels``, ``out_channels``, ``conv_in``, ``conv_out``;
+- activations: ``batch``, ``length``, ``act_embed``, ``act_heads``, ``act_mlp``. They differ from the parameters' names
+  because the residual stream is normally whole along the features on which FSDP splits the kernels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+Array = jax.Array
+Initializer = Callable[..., Array]
+
+default_kernel_init = nn.initializers.lecun_normal()
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Pin an activation's sharding by logical axis names; the identity where no rules are in force."""
+    return nn.with_logical_constraint(x, names)
+
+
+class Dense(nn.Module):
+    """`y = x @ kernel + bias`, plus `(x @ a) @ b` where the collection ``lora`` holds ``a`` and ``b`` at this path.
+
+    Parameters: ``kernel [in, out]``, ``bias [out]``. LoRA: ``a [in, r]``, ``b [r, out]`` with the scale alpha / r already
+    folded into ``b``; several adapters stack by concatenation along r. With no ``lora`` entry this is the base layer.
+    """
+
+    features: int
+    kernel_axes: tuple[str | None, str | None]
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [..., in] -> [..., features] in `dtype`."""
+        dtype = jnp.dtype(self.dtype)
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(self.kernel_init, self.kernel_axes),
+            (x.shape[-1], self.features),
+            jnp.dtype(self.param_dtype),
+        )
+        x = x.astype(dtype)
+        y = jnp.dot(x, kernel.astype(dtype))
+        if self.has_variable("lora", "a"):
+            a = nn.meta.unbox(self.get_variable("lora", "a"))
+            b = nn.meta.unbox(self.get_variable("lora", "b"))
+            y = y + jnp.dot(jnp.dot(x, a.astype(dtype)), b.astype(dtype))
+        if self.use_bias:
+            bias = self.param(
+                "bias",
+                nn.with_logical_partitioning(self.bias_init, self.kernel_axes[1:]),
+                (self.features,),
+                jnp.dtype(self.param_dtype),
+            )
+            y = y + bias.astype(dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, float32 inside. Parameter: ``scale [features]``."""
+
+    eps: float = 1e-6
+    axis_name: str | None = "norm"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [..., features] -> the same shape in `dtype`."""
+        scale = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis_name,)),
+            (x.shape[-1],),
+            jnp.dtype(self.param_dtype),
+        )
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * scale.astype(jnp.float32)).astype(jnp.dtype(self.dtype))
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis with an affine map, float32 inside. Parameters: ``scale``, ``bias [features]``."""
+
+    eps: float = 1e-6
+    axis_name: str | None = "norm"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """x [..., features] -> the same shape in `dtype`."""
+        shape, kind = (x.shape[-1],), jnp.dtype(self.param_dtype)
+        ones, zeros = nn.initializers.ones_init(), nn.initializers.zeros_init()
+        scale = self.param("scale", nn.with_logical_partitioning(ones, (self.axis_name,)), shape, kind)
+        bias = self.param("bias", nn.with_logical_partitioning(zeros, (self.axis_name,)), shape, kind)
+        y = layer_norm(x, self.eps) * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+        return y.astype(jnp.dtype(self.dtype))
+
+
+def layer_norm(x: Array, eps: float = 1e-6) -> Array:
+    """Layer norm over the last axis without affine map: [..., C] any dtype -> [..., C] float32.
+
+    The result stays float32 so that a modulation that follows it is not rounded twice.
+    """
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def timestep_embedding(t: Array, dim: int, *, scale: float = 1.0, max_period: float = 10000.0) -> Array:
+    """Sinusoidal embedding, cosines first: t [B] -> [B, dim] float32, ``dim`` even.
+
+    Equals diffusers' `get_timestep_embedding(flip_sin_to_cos=True, downscale_freq_shift=0)`.
+    """
+    half = dim // 2
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-np.log(max_period)) / np.float32(half))
+    # The reference multiplies by `scale` last; at scale 1000 the order is visible in float32.
+    angles = np.float32(scale) * (t.astype(jnp.float32)[:, None] * frequencies)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rotary_frequencies(dim: int, theta: float = 10000.0) -> np.ndarray:
+    """Angular frequencies theta^(-2i/dim), i < dim/2: [dim // 2] float32."""
+    return (1.0 / np.power(np.float32(theta), np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
+
+
+def rotary_angles(positions: Array, axes_dims: Sequence[int], theta: float = 10000.0) -> tuple[Array, Array]:
+    """Cosines and sines of a multi-axis rotary embedding.
+
+    positions [..., A] (integers, negative allowed; A = len(axes_dims)) -> two [..., sum(axes_dims) // 2] float32. Axis a
+    owns `axes_dims[a] // 2` consecutive pairs with its own frequency ladder.
+    """
+    positions = positions.astype(jnp.float32)
+    frequencies = np.concatenate([rotary_frequencies(dim, theta) for dim in axes_dims])
+    owner = np.repeat(np.arange(len(axes_dims)), [dim // 2 for dim in axes_dims])
+    angles = positions[..., owner] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rotary(x: Array, cos: Array, sin: Array, *, interleaved: bool) -> Array:
+    """Rotate pairs of features; float32 inside, the dtype of x outside.
+
+    x [B, S, H, D]; cos, sin [B or 1, S, D // 2]. Pairs are (2i, 2i+1) where `interleaved`, otherwise (i, i + D/2).
+    """
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    y = x.astype(jnp.float32)
+    if interleaved:
+        y = y.reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
+        real, imaginary = y[..., 0], y[..., 1]
+        y = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1).reshape(x.shape)
+    else:
+        first, second = jnp.split(y, 2, axis=-1)
+        y = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return y.astype(x.dtype)
+
+
+def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, impl: str = "auto") -> Array:
+    """Softmax attention at scale 1/sqrt(D), softmax in float32. The one door to attention kernels.
+
+    q [B, Sq, H, D]; k, v [B, Sk, K, D] where K divides H (grouped heads); mask bool, broadcastable to [B, 1 | H, Sq, Sk],
+    True where a query may see a key. A query that may see nothing attends evenly. Returns [B, Sq, H, D] in q's dtype.
+    impl: "auto" | "xla" | "cudnn" (NVIDIA, 16-bit only).
+    """
+    if impl not in ("auto", "xla", "cudnn"):
+        raise ValueError(f"attention impl {impl!r}: use 'auto', 'xla' or 'cudnn'")
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=None if impl == "auto" else impl)
+    return out.astype(q.dtype)
