@@ -3,8 +3,8 @@
 Parameters carry logical axis names (`flax.linen.with_logical_partitioning`); `flax.linen.meta.unbox` removes the boxes.
 Networks are applied with plain (unboxed) trees. Names in use:
 
-- parameters: ``layers`` (scanned blocks), ``embed``, ``heads`` (heads x head_dim), ``mlp``, ``vocab``, ``norm``, ``time``,
-  ``in_channels``, ``out_channels``, ``conv_in``, ``conv_out``;
+- parameters: ``layers`` (scanned blocks), ``embed``, ``heads`` (heads x head_dim), ``mlp``, ``vocab``, ``norm``,
+  ``time``, ``in_channels``, ``out_channels``, ``conv_in``, ``conv_out``;
 - activations: ``batch``, ``length``, ``act_embed``, ``act_heads``, ``act_mlp``. They differ from the parameters' names
   because the residual stream is normally whole along the features on which FSDP splits the kernels.
 """
@@ -31,8 +31,9 @@ def constrain(x: Array, *names: str | None) -> Array:
 class Dense(nn.Module):
     """`y = x @ kernel + bias`, plus `(x @ a) @ b` where the collection ``lora`` holds ``a`` and ``b`` at this path.
 
-    Parameters: ``kernel [in, out]``, ``bias [out]``. LoRA: ``a [in, r]``, ``b [r, out]`` with the scale alpha / r already
-    folded into ``b``; several adapters stack by concatenation along r. With no ``lora`` entry this is the base layer.
+    Parameters: ``kernel [in, out]``, ``bias [out]``. LoRA: ``a [in, r]``, ``b [r, out]`` with the scale alpha / r
+    already folded into ``b``; several adapters stack by concatenation along r. With no ``lora`` entry this is the base
+    layer.
     """
 
     features: int
@@ -135,14 +136,15 @@ def timestep_embedding(t: Array, dim: int, *, scale: float = 1.0, max_period: fl
 
 def rotary_frequencies(dim: int, theta: float = 10000.0) -> np.ndarray:
     """Angular frequencies theta^(-2i/dim), i < dim/2: [dim // 2] float32."""
-    return (1.0 / np.power(np.float32(theta), np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim))).astype(np.float32)
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return np.float32(1.0) / np.power(np.float32(theta), exponents)
 
 
 def rotary_angles(positions: Array, axes_dims: Sequence[int], theta: float = 10000.0) -> tuple[Array, Array]:
     """Cosines and sines of a multi-axis rotary embedding.
 
-    positions [..., A] (integers, negative allowed; A = len(axes_dims)) -> two [..., sum(axes_dims) // 2] float32. Axis a
-    owns `axes_dims[a] // 2` consecutive pairs with its own frequency ladder.
+    positions [..., A] (integers, negative allowed; A = len(axes_dims)) -> two [..., sum(axes_dims) // 2] float32.
+    Axis a owns `axes_dims[a] // 2` consecutive pairs with its own frequency ladder.
     """
     positions = positions.astype(jnp.float32)
     frequencies = np.concatenate([rotary_frequencies(dim, theta) for dim in axes_dims])
@@ -171,8 +173,8 @@ def apply_rotary(x: Array, cos: Array, sin: Array, *, interleaved: bool) -> Arra
 def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, impl: str = "auto") -> Array:
     """Softmax attention at scale 1/sqrt(D), softmax in float32. The one door to attention kernels.
 
-    q [B, Sq, H, D]; k, v [B, Sk, K, D] where K divides H (grouped heads); mask bool, broadcastable to [B, 1 | H, Sq, Sk],
-    True where a query may see a key. A query that may see nothing attends evenly. Returns [B, Sq, H, D] in q's dtype.
+    q [B, Sq, H, D]; k, v [B, Sk, K, D] where K divides H (grouped heads); mask bool, broadcastable to
+    [B, 1 | H, Sq, Sk], True where a query may see a key. A query that may see nothing attends evenly. Returns [B, Sq, H, D] in q's dtype.
     impl: "auto" | "xla" | "cudnn" (NVIDIA, 16-bit only).
     """
     if impl not in ("auto", "xla", "cudnn"):
