@@ -277,7 +277,9 @@ def to_reference(tree: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]
 
     Raises RefineError for leaves that no rule, or more than one, produces.
     """
-    return {key: value for path, leaf in _flatten(tree).items() for key, value in _restore(path, np.asarray(leaf), table)}
+    return {
+        key: value for path, leaf in _flatten(tree).items() for key, value in _restore(path, np.asarray(leaf), table)
+    }
 
 
 def reference_shapes(table: Table, abstract_tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -290,7 +292,9 @@ def reference_shapes(table: Table, abstract_tree: Mapping[str, Any]) -> dict[str
 
 
 def _restore(path: str, leaf: np.ndarray, table: Table) -> list[tuple[str, np.ndarray]]:
-    matches = [(rule, found) for rule in table if rule.path is not None and (found := rule.path_pattern.fullmatch(path))]
+    matches = [
+        (rule, found) for rule in table if rule.path is not None and (found := rule.path_pattern.fullmatch(path))
+    ]
     if len(matches) != 1:
         raise RefineError(f"parameter {path}: {len(matches)} rules of the table give it, 1 expected")
     rule, found = matches[0]
