@@ -174,7 +174,8 @@ def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, impl: 
     """Softmax attention at scale 1/sqrt(D), softmax in float32. The one door to attention kernels.
 
     q [B, Sq, H, D]; k, v [B, Sk, K, D] where K divides H (grouped heads); mask bool, broadcastable to
-    [B, 1 | H, Sq, Sk], True where a query may see a key. A query that may see nothing attends evenly. Returns [B, Sq, H, D] in q's dtype.
+    [B, 1 | H, Sq, Sk], True where a query may see a key. A query that may see nothing attends evenly.
+    Returns [B, Sq, H, D] in q's dtype.
     impl: "auto" | "xla" | "cudnn" (NVIDIA, 16-bit only).
     """
     if impl not in ("auto", "xla", "cudnn"):
