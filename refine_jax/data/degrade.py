@@ -24,7 +24,7 @@ def resample(rng: Rng, image: Image.Image, letter: float, left: tuple[float, flo
     return image.resize(small, _DOWN[rng.integers(3)]).resize(image.size, up)
 
 
-def blur(rng: Rng, image: Image.Image, letter: float, sigma: tuple[float, float] = (0.13, 0.2)) -> Image.Image:
+def blur(rng: Rng, image: Image.Image, letter: float, sigma: tuple[float, float] = (0.1, 0.17)) -> Image.Image:
     """Gaussian blur, `sigma` in letters."""
     return image.filter(ImageFilter.GaussianBlur(rng.uniform(*sigma) * letter))
 

@@ -18,8 +18,6 @@ from refine_jax.errors import RefineError
 Size = tuple[int, int]
 
 INSTRUCTION_BYTES = 96
-# Words are the task; the square bucket holds the logos, about a fifth of all pairs.
-WEIGHTS: dict[Size, float] = {(32, 96): 0.38, (32, 128): 0.28, (64, 64): 0.34}
 
 
 def encode_instruction(text: str) -> np.ndarray:
@@ -91,6 +89,8 @@ class Batches(grain.DatasetIterator):
         if self._source is None:
             self._source = self._build()
         batch = next(self._source)
+        if self._workers:  # out of the shared memory, which ends with the workers
+            batch = {name: np.array(value) for name, value in batch.items()}
         self._step += 1
         return batch
 
@@ -143,7 +143,7 @@ class _Pairs:
 def refine_batches(
     seed: int,
     batch_size: int,
-    buckets: Iterable[Size] = tuple(WEIGHTS),
+    buckets: Iterable[Size] = tuple(synth.WEIGHTS),
     split: str = "train",
     *,
     weights: Sequence[float] | None = None,
@@ -156,12 +156,12 @@ def refine_batches(
 
     Yields {image, target, reference: [b, h, w, 3] uint8, mask: [b, h, w] uint8 (0 or 255), has_reference, is_logo:
     [b] bool, instruction: [b, 96] uint8} with b = batch_size / process_count; the global batch is the hosts' batches
-    one after the other. Buckets alternate by `weights` (default: WEIGHTS, or equal ones for other buckets).
+    one after the other. Buckets alternate by `weights` (default: synth.WEIGHTS, or equal ones for other buckets).
     Raises RefineError when asset packages are missing, before the first batch.
     """
     buckets = [tuple(bucket) for bucket in buckets]
     if weights is None:
-        weights = [WEIGHTS.get(bucket, 1.0 / 3.0) for bucket in buckets]
+        weights = [synth.WEIGHTS.get(bucket, 1.0 / 3.0) for bucket in buckets]
     assets.faces(split), assets.logos(split), assets.photo_files(split)
     make = _Pairs(seed, batch_size, schedule(buckets, weights), split)
     return Batches(

@@ -2,527 +2,45 @@
 
 `sample` is one training pair, made directly as the focus crop (box of the mask plus a margin, RefineAnything's
 Focus-and-Refine, stage 1) and resized to a bucket. `scene` is a whole photograph with several damaged regions, for
-evaluating the path that locates, crops and pastes back. Both are pure functions of their arguments: bit-identical
-wherever the same versions of Pillow, numpy and the asset packages are installed.
+evaluating the path that locates, crops and pastes back. `patch` is one picture for the VAE. All are pure functions of
+their arguments: bit-identical wherever the same versions of Pillow, numpy and the asset packages are installed.
 """
 
-import functools
-import io
 import math
-import string
-from dataclasses import dataclass, replace
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image
 
-from refine_jax.data import assets
+from refine_jax.data import assets, picture
+from refine_jax.data import content as contents
 from refine_jax.data.degrade import DEGRADATIONS, degrade
 from refine_jax.errors import RefineError
 
 Rng = np.random.Generator
 Size = tuple[int, int]  # (height, width)
-Colour = tuple[int, int, int]
 
 # Bucket (height, width) -> the aspects (width / height) of focus crops that round to it at an area of 64².
 BUCKETS: dict[Size, tuple[float, float]] = {(32, 96): (1.78, 3.06), (32, 128): (3.06, 5.06), (64, 64): (0.64, 1.56)}
-_LETTERS = {(32, 96): (3, 6), (32, 128): (5, 9), (64, 64): (2, 3)}
-_LOGO_SHARE = {(32, 96): 0.05, (32, 128): 0.0, (64, 64): 0.55}
+# Share of each bucket among pairs: words are the task; the square one holds the logos, about a fifth of all pairs.
+WEIGHTS: dict[Size, float] = {(32, 96): 0.38, (32, 128): 0.28, (64, 64): 0.34}
+
 _SALT = {"train": 0, "eval": 1}
-_BICUBIC = Image.Resampling.BICUBIC
-
-
-@dataclass(frozen=True)
-class Content:
-    """What is drawn: lines of text in a face, or a logo (`logo` set, `lines` its title)."""
-
-    lines: tuple[str, ...]
-    face: assets.Face | None = None
-    logo: assets.Logo | None = None
-
-    @property
-    def word(self) -> str:
-        return " ".join(self.lines)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where it is drawn in a native crop: all lengths in pixels of that crop."""
-
-    size: Size  # native (height, width) of the focus crop
-    quad: np.ndarray  # [4, 2] float64: where the ink's corners go, clockwise from the top left
-    box: tuple[int, int, int, int]  # x1, y1, x2, y2 of the mask, half-open
-    letter: float  # height of one line of letters
-
-
-@dataclass(frozen=True)
-class Style:
-    """How it is drawn: colours in 0..255, lengths in letters."""
-
-    fill: Colour
-    fill_end: Colour  # differs from `fill` for a gradient
-    opacity: int
-    outline: Colour | None
-    outline_width: float
-    shadow: tuple[float, float, float] | None  # dx, dy, blur
-    plate: Colour | None
-    plate_grow: float
-    plate_opacity: int
-
-
-# ---------------------------------------------------------------------------------------------- what to draw
-
-
-@functools.cache
-def _by_length(split: str) -> dict[int, tuple[str, ...]]:
-    words = assets.words(split)
-    return {n: tuple(word for word in words if len(word) == n) for n in range(2, 10)}
-
-
-def _letters(rng: Rng, alphabet: str, count: int) -> str:
-    return "".join(alphabet[i] for i in rng.integers(0, len(alphabet), count))
-
-
-def _number(rng: Rng, count: int) -> str:
-    kind = rng.integers(5)
-    digits = _letters(rng, string.digits, count)
-    if kind == 0 and count >= 4:
-        return f"${digits[:-3]}.{digits[-2:]}"
-    if kind == 1 and count >= 3:
-        return f"{digits[:-1]}%"
-    if kind == 2 and count >= 4:
-        return f"{rng.integers(24)}:{rng.integers(60):02d}"
-    if kind == 3:
-        half = max(1, count // 2)
-        return _letters(rng, string.ascii_uppercase, half) + digits[half:]
-    return digits
-
-
-def _syllables(rng: Rng, count: int) -> str:
-    vowels, consonants = "aeiou", "bcdfghjklmnprstvwz"
-    first = rng.integers(2)
-    return "".join(_letters(rng, vowels if (i + first) % 2 else consonants, 1) for i in range(count))
-
-
-def _word(rng: Rng, split: str, shortest: int, longest: int) -> str:
-    count = int(rng.integers(shortest, longest + 1))
-    kind = rng.random()
-    if kind < 0.62:
-        words = _by_length(split)[count]
-        return words[rng.integers(len(words))]
-    if kind < 0.77:
-        return _syllables(rng, count)
-    if kind < 0.87:
-        return _letters(rng, string.ascii_lowercase, count)
-    return _number(rng, count)
-
-
-@functools.cache
-def _families(split: str) -> tuple[tuple[tuple[assets.Face, ...], ...], np.ndarray]:
-    families: dict[str, list[assets.Face]] = {}
-    for face in assets.faces(split):
-        families.setdefault(face.family, []).append(face)
-    # Between uniform over families (too much of the single-face ones) and uniform over faces.
-    share = np.sqrt([len(faces) for faces in families.values()])
-    return tuple(map(tuple, families.values())), share / share.sum()
-
-
-def _text(rng: Rng, split: str, bucket: Size) -> Content:
-    families, share = _families(split)
-    family = families[rng.choice(len(families), p=share)]
-    face = family[rng.integers(len(family))]
-    shortest, longest = _LETTERS.get(bucket, (3, 6))
-    if bucket[0] == bucket[1] and rng.random() < 0.6:
-        lines = tuple(_word(rng, split, 3, 6) for _ in range(rng.integers(2, 4)))
-    else:
-        lines = (_word(rng, split, shortest, longest),)
-    case = rng.random()
-    if case < 0.5 or face.family == "font-amatic-sc":  # its lower case is drawn as capitals
-        lines = tuple(line.upper() for line in lines)
-    elif case < 0.8:
-        lines = tuple(line.capitalize() for line in lines)
-    return Content(lines, face=face)
-
-
-def _content(rng: Rng, split: str, bucket: Size) -> Content:
-    if rng.random() >= _LOGO_SHARE.get(bucket, 0.2):
-        return _text(rng, split, bucket)
-    logos = assets.logos(split)
-    logo = logos[rng.integers(len(logos))]
-    return Content((logo.title,), logo=logo)
-
-
-def _other(rng: Rng, split: str, content: Content) -> Content:
-    """The same thing with wrong glyphs: letters replaced or shuffled, or another logo."""
-    if content.logo:
-        logos = assets.logos(split)
-        return replace(content, logo=logos[rng.integers(len(logos))])
-
-    def garble(line: str) -> str:
-        letters = list(line)
-        if len(letters) > 3 and rng.random() < 0.25:
-            letters = [letters[i] for i in rng.permutation(len(letters))]
-        keep = rng.uniform(0.0, 0.6)
-        for i, letter in enumerate(letters):
-            if rng.random() >= keep:
-                alphabet = next(
-                    (a for a in (string.ascii_uppercase, string.ascii_lowercase, string.digits) if letter in a), "#-+=:"
-                )
-                letters[i] = _letters(rng, alphabet, 1)
-        changed = "".join(letters)
-        return changed if changed != line else line[1:] + ("X" if line[0].isupper() else "x")
-
-    return replace(content, lines=tuple(garble(line) for line in content.lines))
-
-
-# ---------------------------------------------------------------------------------------------- layers of ink
-
-
-def _line_boxes(content: Content, size: int) -> list[tuple[int, int, int, int]]:
-    font = assets.font(content.face.path, size)
-    return [font.getbbox(line) for line in content.lines]
-
-
-_LEADING = 0.28  # gap between stacked lines, in letters
-
-
-def _ink_size(content: Content) -> tuple[float, float, float]:
-    """Width, height and letter height of the ink, in arbitrary but common units."""
-    if content.logo:
-        width, height = assets.logo_alpha(content.logo.slug).size
-        return width, height, 0.5 * max(width, height)  # a logo's details are about half of it
-    boxes = _line_boxes(content, 64)
-    letter = max(1, max(box[3] - box[1] for box in boxes))
-    width = max(1, max(box[2] - box[0] for box in boxes))
-    return width, letter * (len(boxes) + _LEADING * (len(boxes) - 1)), letter
-
-
-_PAD = 2  # empty pixels around a layer, so that its edges stay antialiased when it is transformed
-
-
-def _layer(content: Content, height: float, stroke: float = 0.0) -> Image.Image:
-    """The ink as coverage, mode "L", about `height` pixels high, with _PAD empty pixels around the ink's box.
-
-    With `stroke` (pixels) the glyphs are fattened by that much; the layer's box stays that of the plain ink.
-    """
-    if content.logo:
-        alpha = assets.logo_alpha(content.logo.slug)
-        scale = min(1.0, height / alpha.height)
-        if scale < 1.0:
-            alpha = alpha.resize((max(1, round(alpha.width * scale)), max(1, round(height))), _BICUBIC)
-        layer = Image.new("L", (alpha.width + 2 * _PAD, alpha.height + 2 * _PAD))
-        layer.paste(alpha, (_PAD, _PAD))
-        if stroke >= 0.5:
-            layer = layer.filter(ImageFilter.MaxFilter(2 * min(2, round(stroke)) + 1))
-        return layer
-    _, unit_height, unit_letter = _ink_size(content)
-    letter = height * unit_letter / unit_height
-    size = int(min(160, max(6, round(64 * letter / unit_letter))))
-    font = assets.font(content.face.path, size)
-    boxes = _line_boxes(content, size)
-    line = max(1, max(box[3] - box[1] for box in boxes))
-    width = max(1, max(box[2] - box[0] for box in boxes))
-    gap = round(_LEADING * line)
-    layer = Image.new("L", (width + 2 * _PAD, len(boxes) * line + (len(boxes) - 1) * gap + 2 * _PAD))
-    draw = ImageDraw.Draw(layer)
-    for k, (text, box) in enumerate(zip(content.lines, boxes)):
-        x = _PAD - box[0] + (width - (box[2] - box[0])) // 2
-        y = _PAD - box[1] + k * (line + gap) + (line - (box[3] - box[1])) // 2
-        draw.text((x, y), text, fill=255, font=font, stroke_width=stroke)
-    return layer
-
-
-def _project(layer: Image.Image, quad: np.ndarray, size: Size) -> Image.Image:
-    """The layer's ink box moved on to `quad` in a canvas of `size`, mode "L"."""
-    left = top = float(_PAD)
-    right, bottom = layer.width - left, layer.height - top
-    rows, values = [], []
-    for (x, y), (u, v) in zip(quad, ((left, top), (right, top), (right, bottom), (left, bottom))):
-        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
-        values += [u, v]
-    coefficients = np.linalg.solve(np.array(rows), np.array(values)).tolist()
-    return layer.transform(size[::-1], Image.Transform.PERSPECTIVE, coefficients, _BICUBIC)
-
-
-# ---------------------------------------------------------------------------------------------- where to draw
-
-
-def _quad(rng: Rng, aspect: float) -> np.ndarray:
-    """Corners of the ink (height 1) after a slight rotation, shear and perspective: [4, 2], its box from (0, 0)."""
-    corners = np.array([(0.0, 0.0), (aspect, 0.0), (aspect, 1.0), (0.0, 1.0)])
-    if rng.random() < 0.5:
-        # A long word is turned less: its crop would be mostly background.
-        angle = math.radians(rng.uniform(-6.0, 6.0)) / max(1.0, aspect / 2.5)
-        shear = rng.uniform(-0.15, 0.15)
-        near, far = rng.uniform(0.0, 0.12), rng.uniform(0.0, 0.05)
-        side = slice(0, None, 3) if rng.random() < 0.5 else slice(1, 3)
-        corners[side, 1] = 0.5 + (corners[side, 1] - 0.5) * (1.0 - near)
-        corners[:2, 0] = aspect / 2 + (corners[:2, 0] - aspect / 2) * (1.0 - far)
-        x, y = corners[:, 0] + shear * (0.5 - corners[:, 1]), corners[:, 1]
-        cos, sin = math.cos(angle), math.sin(angle)
-        corners = np.stack([cos * x - sin * y, sin * x + cos * y], 1)
-    return corners - corners.min(0)
-
-
-def _layout(rng: Rng, content: Content, bucket: Size, scale: float) -> Layout | None:
-    """Fits the content into a focus crop whose aspect belongs to the bucket; None if it would be stretched too much."""
-    low, high = BUCKETS.get(bucket, (0.8 * bucket[1] / bucket[0], 1.2 * bucket[1] / bucket[0]))
-    width, height, letter = _ink_size(content)
-    quad = _quad(rng, width / height * math.exp(rng.uniform(-0.1, 0.1)))
-    ink_aspect = quad[:, 0].max() / quad[:, 1].max()
-    quad /= quad[:, 1].max()  # the ink's box: ink_aspect x 1
-    slack = rng.uniform(0.02, 0.1, 4)  # of the mask around the ink: left, top, right, bottom
-    inner = 1.0 + slack[1] + slack[3]
-    # The margin is the same number of pixels on all sides, 8..15 % of the shorter one.
-    share = rng.uniform(0.08, 0.15)
-    long = ink_aspect + slack[0] + slack[2]
-    margin = share * (inner if long >= inner else long) / (1.0 - 2.0 * share)
-    crop_height = inner + 2.0 * margin
-    aspect = (long + 2.0 * margin) / crop_height
-    wanted = min(max(aspect, low * 1.01), high * 0.99)
-    stretched = wanted * crop_height - slack[0] - slack[2] - 2.0 * margin
-    if not 0.72 <= stretched / ink_aspect <= 1.4:
-        return None
-    quad[:, 0] *= stretched / ink_aspect
-    native_height = scale * math.sqrt(bucket[0] * bucket[1] / wanted)
-    size = round(native_height), round(native_height * wanted)
-    unit = size[0] / crop_height
-    x, y = (slack[0] + margin) * unit, (slack[1] + margin) * unit
-    edge = max(1, round(margin * unit))
-    return Layout(
-        size=size,
-        quad=quad * unit + (x, y),
-        box=(edge, edge, size[1] - edge, size[0] - edge),
-        letter=float(unit * letter / height),
-    )
-
-
-def _plan(rng: Rng, split: str, bucket: Size, scale: float) -> tuple[Content, Layout]:
-    for _ in range(200):
-        content = _content(rng, split, bucket)
-        layout = _layout(rng, content, bucket, scale)
-        if layout is not None:
-            return content, layout
-    raise RefineError(f"bucket: no word fits {bucket}; use one of {', '.join(map(str, BUCKETS))}")
-
-
-# ---------------------------------------------------------------------------------------------- how it looks
-
-
-def _luma(colour) -> float:
-    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-
-
-def _contrasting(rng: Rng, base, least: float = 80.0) -> Colour:
-    """A colour whose luma differs from that of `base` by `least` (of 255): near white, near black, or any hue."""
-    kind = rng.random()
-    for _ in range(6):
-        if kind < 0.3:
-            colour = tuple(int(v) for v in (rng.integers(225, 256, 3) if _luma(base) < 128 else rng.integers(0, 36, 3)))
-        else:
-            colour = tuple(int(v) for v in rng.integers(0, 256, 3))
-        if abs(_luma(colour) - _luma(base)) >= least:
-            return colour
-    return (250, 250, 250) if _luma(base) < 128 else (10, 10, 10)
-
-
-def _style(rng: Rng, content: Content, around: Image.Image) -> Style:
-    """A look that can be read on `around`, the background under the ink (mode "RGB")."""
-    pixels = np.asarray(around.resize((16, 8), Image.Resampling.BOX), np.float32).reshape(-1, 3)
-    mean = pixels.mean(0)
-    busy = float(pixels.std(0).mean()) > 38.0
-    plate = None
-    if rng.random() < (0.6 if busy else 0.22):
-        plate = tuple(int(v) for v in rng.integers(0, 256, 3))
-    base = plate or mean
-    fill = _contrasting(rng, base)
-    if content.logo and rng.random() < 0.5 and abs(_luma(content.logo.colour) - _luma(base)) >= 60:
-        fill = content.logo.colour
-    fill_end = fill
-    if rng.random() < 0.12:
-        mixed = tuple(int(0.55 * a + 0.45 * int(b)) for a, b in zip(fill, rng.integers(0, 256, 3)))
-        fill_end = mixed if abs(_luma(mixed) - _luma(base)) >= 60 else fill
-    outlined = rng.random() < (0.5 if busy and plate is None else 0.12)
-    shadowed = rng.random() < 0.2
-    return Style(
-        fill=fill,
-        fill_end=fill_end,
-        opacity=int(rng.integers(225, 256)),
-        outline=_contrasting(rng, fill, 110.0) if outlined else None,
-        outline_width=float(rng.uniform(0.04, 0.09)),
-        shadow=(rng.uniform(-0.08, 0.08), rng.uniform(0.03, 0.09), rng.uniform(0.02, 0.06)) if shadowed else None,
-        plate=plate,
-        plate_grow=float(rng.uniform(0.15, 0.7)),
-        plate_opacity=int(rng.integers(190, 256)),
-    )
-
-
-def _scaled(mask: Image.Image, opacity: int) -> Image.Image:
-    return mask if opacity >= 255 else mask.point([v * opacity // 255 for v in range(256)])
-
-
-def _draw(background: Image.Image, content: Content, layout: Layout, style: Style) -> tuple[Image.Image, Image.Image]:
-    """The content drawn on `background` (mode "RGB", not modified), and the ink's coverage (mode "L")."""
-    out = background.copy()
-    height = max(1.0, float(layout.quad[:, 1].max() - layout.quad[:, 1].min()))
-    ink = _project(_layer(content, height), layout.quad, layout.size)
-    if style.plate:
-        centre = layout.quad.mean(0)
-        half = np.sign(layout.quad - centre) * style.plate_grow * layout.letter
-        plate = Image.new("L", out.size)
-        ImageDraw.Draw(plate).polygon([tuple(p) for p in (layout.quad + half).tolist()], fill=style.plate_opacity)
-        out.paste(style.plate, (0, 0, *out.size), plate)
-    if style.shadow:
-        dx, dy, soft = (v * layout.letter for v in style.shadow)
-        shadow = ImageChops.offset(ink, round(dx), max(1, round(dy))).filter(ImageFilter.GaussianBlur(soft))
-        out.paste((0, 0, 0), (0, 0, *out.size), _scaled(shadow, 150))
-    if style.outline:
-        stroke = style.outline_width * layout.letter
-        fat = _project(_layer(content, height, stroke), layout.quad, layout.size)
-        out.paste(style.outline, (0, 0, *out.size), fat)
-        ink_or_outline = ImageChops.lighter(fat, ink)
-    else:
-        ink_or_outline = ink
-    alpha = _scaled(ink, style.opacity)
-    if style.fill_end == style.fill:
-        out.paste(style.fill, (0, 0, *out.size), alpha)
-    else:
-        ramp = Image.linear_gradient("L").resize(out.size)
-        first, last = (Image.new("RGB", out.size, colour) for colour in (style.fill, style.fill_end))
-        paint = Image.composite(last, first, ramp)
-        out.paste(paint, (0, 0), alpha)
-    return out, ink_or_outline
-
-
-def _photo(rng: Rng, split: str, size: Size, zoom: tuple[float, float]) -> Image.Image:
-    """A random window of a random photograph, `zoom` photograph pixels a pixel, of `size`, mode "RGB"."""
-    files = assets.photo_files(split)
-    photo = assets.photo(files[rng.integers(len(files))])
-    height, width = size
-    most = min(photo.width / width, photo.height / height)
-    step = min(math.exp(rng.uniform(math.log(zoom[0]), math.log(zoom[1]))), most)
-    x = rng.uniform(0.0, photo.width - width * step)
-    y = rng.uniform(0.0, photo.height - height * step)
-    # Bilinear in Pillow widens with the reduction: antialiased.
-    patch = photo.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, x + width * step, y + height * step))
-    if split == "train":  # few photographs: mirrored, tinted, channels exchanged
-        if rng.random() < 0.5:
-            patch = patch.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        gain, bias = rng.uniform(0.7, 1.15, 3), rng.uniform(-15.0, 25.0)
-        table = np.clip(np.arange(256)[None] * gain[:, None] + bias, 0, 255).astype(int).ravel().tolist()
-        patch = patch.point(table)
-        if rng.random() < 0.15:
-            bands = patch.split()
-            patch = Image.merge("RGB", [bands[i] for i in rng.permutation(3)])
-    return patch
-
-
-def _camera(rng: Rng, image: Image.Image) -> Image.Image:
-    """What a camera adds to everything: a little blur, noise, JPEG."""
-    if rng.random() < 0.2:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.6)))
-    if rng.random() < 0.5:
-        tile = assets.noise_tile()
-        dy, dx = rng.integers(0, 256, 2)
-        rows = (np.arange(image.height) + dy) % 256
-        columns = (np.arange(image.width) + dx) % 256
-        noise = tile[rows][:, columns] * np.float32(rng.uniform(1.0, 5.0))
-        image = Image.fromarray(np.clip(np.rint(np.asarray(image) + noise), 0, 255).astype(np.uint8))
-    if rng.random() < 0.4:
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=int(rng.integers(60, 96)))
-        buffer.seek(0)
-        with Image.open(buffer) as decoded:
-            image = decoded.convert("RGB")
-    return image
-
-
-def _scribble(rng: Rng, layout: Layout, ink: Image.Image) -> Image.Image:
-    """A mask (mode "L", 0 or 255) of the crop's size whose tight box is `layout.box`: strokes over the ink.
-
-    Mostly a few thick strokes or a zigzag with a thinner pen; at times the whole box, which is what a user who gives
-    a box paints.
-    """
-    left, top, right, bottom = layout.box
-    width, height = right - left, bottom - top
-    mask = Image.new("L", layout.size[::-1])
-    if rng.random() < 0.2:
-        mask.paste(255, layout.box)
-        return mask
-    pen = height * (rng.uniform(0.4, 0.75) if rng.random() < 0.6 else rng.uniform(0.25, 0.4))
-    strokes = Image.new("L", (width + round(2 * pen), height + round(2 * pen)))
-    draw = ImageDraw.Draw(strokes)
-
-    def stroke(points: np.ndarray) -> None:
-        path = [tuple(p) for p in (points + pen).tolist()]
-        draw.line(path, fill=255, width=max(2, round(pen)), joint="curve")
-        for x, y in (path[0], path[-1]):
-            draw.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), fill=255)
-
-    turns = int(max(3, round(width / pen * rng.uniform(1.0, 1.8))))
-    for _ in range(rng.integers(1, 4)):
-        x = np.linspace(0.0, width, turns) + rng.normal(0.0, 0.04 * width, turns)
-        sides = np.where(np.arange(turns) % 2 == rng.integers(2), 0.22, 0.78)
-        y = height * (sides + rng.normal(0.0, 0.1, turns))
-        stroke(np.stack([x, y], 1))
-    shape = np.asarray(strokes.crop(strokes.getbbox()).resize((width, height), Image.Resampling.NEAREST))
-    inked = np.asarray(ink.crop(layout.box)) > 64
-    if (shape[inked] > 0).mean() < 0.85:
-        # Too much left out: go over the rest as a person would, with a broad pen along the ink.
-        grown = Image.fromarray((inked & (shape == 0)).astype(np.uint8) * 255)
-        grown = grown.filter(ImageFilter.GaussianBlur(0.12 * layout.letter)).point(lambda v: 255 * (v > 24))
-        shape = np.maximum(shape, np.asarray(grown))
-    mask.paste(Image.fromarray(shape), (left, top))
-    return mask
-
-
-def _reference(rng: Rng, content: Content, layout: Layout, style: Style, around: Colour, size: Size) -> Image.Image:
-    """A clean picture of the same word in the same face, or of the logo, alone on a plain or graded background."""
-    if rng.random() < 0.5:
-        base, fill = style.plate or around, style.fill
-    elif content.logo and rng.random() < 0.5:
-        fill, base = content.logo.colour, (255, 255, 255) if _luma(content.logo.colour) < 200 else (20, 20, 20)
-    else:
-        base = tuple(int(v) for v in rng.integers(0, 256, 3))
-        fill = _contrasting(rng, base, 100.0)
-    height, width = size
-    image = Image.new("RGB", (width, height), base)
-    if rng.random() < 0.4:
-        end = tuple(int(0.75 * a + 0.25 * int(b)) for a, b in zip(base, rng.integers(0, 256, 3)))
-        ramp = Image.linear_gradient("L")
-        ramp = (ramp if rng.random() < 0.5 else ramp.transpose(Image.Transpose.ROTATE_90)).resize((width, height))
-        image = Image.composite(Image.new("RGB", image.size, end), image, ramp)
-    # Framed like the crop: the box of the ink in the crop, in the reference's pixels, slightly moved.
-    low = layout.quad.min(0) / layout.size[::-1] * (width, height)
-    high = layout.quad.max(0) / layout.size[::-1] * (width, height)
-    grow = rng.uniform(0.9, 1.06)
-    centre, half = (low + high) / 2 + rng.uniform(-1.0, 1.0, 2), (high - low) / 2 * grow
-    half = np.minimum(half, np.minimum(centre, (width, height) - centre))
-    (x1, y1), (x2, y2) = centre - half, centre + half
-    quad = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
-    image.paste(fill, (0, 0, width, height), _project(_layer(content, y2 - y1), quad, size))
-    return image
-
-
-_TEXT_PROMPTS = ("Fix the word '{}'", "Repair the text '{}'", "Restore the word '{}'", "Make the text '{}' readable")
-_LOGO_PROMPTS = ("Fix the logo '{}'", "Repair the logo '{}'", "Restore the '{}' logo")
-
-
-def _instruction(rng: Rng, content: Content) -> str:
-    usual, others = ("Refine the logo '{}'", _LOGO_PROMPTS) if content.logo else ("Refine the text '{}'", _TEXT_PROMPTS)
-    template = usual if rng.random() < 0.82 else others[rng.integers(len(others))]
-    return template.format(content.word)
-
-
-def _mean_colour(image: Image.Image) -> Colour:
-    return image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-
-
-# ---------------------------------------------------------------------------------------------- the doors
 
 
 def _generator(seed: int, index: int, split: str, *salt: int) -> Rng:
     assets.check_split(split)
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, index, _SALT[split], *salt))))
+
+
+def _plan(rng: Rng, split: str, bucket: Size, scale: float) -> tuple[contents.Content, picture.Layout]:
+    """Content and layout of a focus crop that belongs to `bucket`, `scale` times its size."""
+    aspects = BUCKETS.get(bucket, (0.8 * bucket[1] / bucket[0], 1.2 * bucket[1] / bucket[0]))
+    for _ in range(200):
+        content = contents.choose(rng, split, bucket)
+        layout = picture.place(rng, content, scale**2 * bucket[0] * bucket[1], aspects)
+        if layout is not None:
+            return content, layout
+    raise RefineError(f"bucket: no word fits {bucket}; use one of {', '.join(map(str, BUCKETS))}")
 
 
 def sample(
@@ -532,8 +50,14 @@ def sample(
     split: str = "train",
     *,
     degradations: tuple[str, ...] = tuple(DEGRADATIONS),
+    reference_share: float | None = None,
 ) -> dict:
     """One pair, as the focus crop in a bucket (height, width) = (h, w).
+
+    Args:
+      degradations: names to draw from (`degrade.DEGRADATIONS`).
+      reference_share: how often there is a reference; default: 0.45 for words, 0.75 for logos. With 0 and 1 the pair
+        is otherwise the same, which tells what a reference adds.
 
     Returns {image, target, reference: [h, w, 3] uint8, mask: [h, w] uint8 (0 or 255), has_reference: bool (else the
     reference is zeros), instruction, word, font ("" for a logo), kind ("text" | "logo"), degradation: str}.
@@ -541,34 +65,112 @@ def sample(
     """
     rng = _generator(seed, index, split, *bucket)
     height, width = bucket
-    scale = math.exp(rng.uniform(0.0, math.log(2.5)))
-    content, layout = _plan(rng, split, bucket, scale)
-    background = _photo(rng, split, layout.size, (0.7, 3.0))
+    content, layout = _plan(rng, split, bucket, math.exp(rng.uniform(0.0, math.log(2.5))))
+    background = picture.photo_window(rng, split, layout.size, (0.7, 3.0))
     around = background.crop(layout.box)
-    style = _style(rng, content, around)
-    target, ink = _draw(background, content, layout, style)
-    target = _camera(rng, target)
-    mask = _scribble(rng, layout, ink)
+    style = picture.choose_style(rng, content, around)
+    target, ink = picture.render(background, content, layout, style)
+    target = picture.camera(rng, target)
+    mask = picture.scribble(rng, layout, ink)
 
     def wrong() -> Image.Image:
-        return _draw(background, _other(rng, split, content), layout, style)[0]
+        return picture.render(background, contents.other(rng, split, content), layout, style)[0]
 
     image, degradation = degrade(rng, target, mask, layout.letter, wrong, degradations)
-    has_reference = bool(rng.random() < (0.75 if content.logo else 0.45))
+    instruction = contents.instruction(rng, content)
+    if reference_share is None:
+        reference_share = 0.75 if content.logo else 0.45
+    has_reference = bool(rng.random() < reference_share)
     reference = np.zeros((height, width, 3), np.uint8)
     if has_reference:
-        reference = np.asarray(_reference(rng, content, layout, style, _mean_colour(around), bucket))
+        mean = picture.mean_colour(around)
+        reference = np.asarray(picture.clean_reference(rng, content, layout, style, mean, bucket))
     return {
-        "image": np.asarray(image.resize((width, height), _BICUBIC)),
-        "target": np.asarray(target.resize((width, height), _BICUBIC)),
+        "image": np.asarray(image.resize((width, height), picture.BICUBIC)),
+        "target": np.asarray(target.resize((width, height), picture.BICUBIC)),
         "mask": np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)),
         "reference": reference,
         "has_reference": has_reference,
-        "instruction": _instruction(rng, content),
+        "instruction": instruction,
         "word": content.word,
         "font": content.face.name if content.face else "",
         "kind": "logo" if content.logo else "text",
         "degradation": degradation,
+    }
+
+
+def scene(
+    seed: int,
+    index: int,
+    split: str = "eval",
+    size: tuple[int, int] = (256, 512),
+    regions: tuple[int, int] = (1, 3),
+) -> dict:
+    """A whole photograph with damaged words and logos in it; its sides lie between the two of `size` (multiples of 16).
+
+    The number R of regions lies in `regions` (fewer where no more fit, at least one); they do not overlap.
+    Returns {image, target: [H, W, 3] uint8, masks: [R, H, W] uint8 (0 or 255), boxes: [R, 4] int32 (x1, y1, x2, y2 of
+    the mask, half-open), crops: [R, 4] int32 (the box and its margin, in which the region was composed), and lists of
+    R: references ([h, w, 3] uint8, of the crop's size), instructions, words, fonts, kinds, degradations}.
+    Outside the union of the masks image and target are equal. Raises RefineError as `sample` does.
+    """
+    rng = _generator(seed, index, split, 2)
+    height, width = (int(rng.integers(size[0] // 16, size[1] // 16 + 1)) * 16 for _ in range(2))
+    target = picture.photo_window(rng, split, (height, width), (0.7, 1.5))
+    shares = np.array(list(WEIGHTS.values()))
+    parts, wanted = [], int(rng.integers(regions[0], regions[1] + 1))
+    for attempt in range(40):
+        if len(parts) == wanted:
+            break
+        bucket = tuple(WEIGHTS)[rng.choice(len(shares), p=shares / shares.sum())]
+        # Ever smaller: the first region always finds its place.
+        scale = max(1.0, rng.uniform(1.2, 2.4) * 0.93**attempt)
+        content, layout = _plan(rng, split, bucket, scale)
+        h, w = layout.size
+        if h > height or w > width:
+            continue
+        x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+        crop = (x, y, x + w, y + h)
+        if any(x < c[2] and c[0] < x + w and y < c[3] and c[1] < y + h for c, *_ in parts):
+            continue
+        background = target.crop(crop)
+        around = background.crop(layout.box)
+        style = picture.choose_style(rng, content, around)
+        drawn, ink = picture.render(background, content, layout, style)
+        target.paste(drawn, crop[:2])
+        reference = picture.clean_reference(rng, content, layout, style, picture.mean_colour(around), layout.size)
+        parts.append((crop, content, layout, style, background, ink, reference))
+    if not parts:
+        raise RefineError(f"size: no region fits a scene of {width}x{height}; use sides of at least 256")
+    target = picture.camera(rng, target)
+    image = target.copy()
+    masks, boxes, names = np.zeros((len(parts), height, width), np.uint8), [], []
+    for k, (crop, content, layout, style, background, ink, _) in enumerate(parts):
+        mask = picture.scribble(rng, layout, ink)
+
+        def wrong(content=content, layout=layout, style=style, background=background) -> Image.Image:
+            return picture.render(background, contents.other(rng, split, content), layout, style)[0]
+
+        damaged, name = degrade(rng, target.crop(crop), mask, layout.letter, wrong)
+        image.paste(damaged, crop[:2])
+        masks[k, crop[1] : crop[3], crop[0] : crop[2]] = np.asarray(mask)
+        boxes.append(
+            [layout.box[0] + crop[0], layout.box[1] + crop[1], layout.box[2] + crop[0], layout.box[3] + crop[1]]
+        )
+        names.append(name)
+    chosen = [part[1] for part in parts]
+    return {
+        "image": np.asarray(image),
+        "target": np.asarray(target),
+        "masks": masks,
+        "boxes": np.array(boxes, np.int32),
+        "crops": np.array([part[0] for part in parts], np.int32),
+        "references": [np.asarray(part[6]) for part in parts],
+        "instructions": [contents.instruction(rng, content) for content in chosen],
+        "words": [content.word for content in chosen],
+        "fonts": [content.face.name if content.face else "" for content in chosen],
+        "kinds": ["logo" if content.logo else "text" for content in chosen],
+        "degradations": names,
     }
 
 
@@ -579,24 +181,17 @@ def patch(seed: int, index: int, size: int = 64, split: str = "train") -> np.nda
     above the other), about a tenth masks as black and white pictures, about an eighth plain photographs.
     """
     rng = _generator(seed, index, split, size, 1)
-    kind = rng.random()
-    if kind < 0.12:
-        return np.asarray(_photo(rng, split, (size, size), (0.7, 4.0)))
-
-    def picture(pair: dict, name: str) -> np.ndarray:
-        if name == "mask" or (name == "reference" and not pair["has_reference"]):
-            return np.repeat(pair["mask"][..., None], 3, 2) if name == "mask" else pair["target"]
-        return pair[name]
-
-    names = ("target", "image", "reference", "mask")
-    number = int(rng.integers(2**62))
-    if rng.random() < 0.35:
-        pair = sample(number, index, (size, size), split)
-        return picture(pair, names[rng.choice(4, p=(0.5, 0.22, 0.18, 0.1))])
-    bucket = (size // 2, size // 2 * 3) if rng.random() < 0.5 else (size // 2, size // 2 * 4)
-    pair = sample(number, index, bucket, split)
-    halves = []
-    for name in rng.choice(4, 2, p=(0.5, 0.22, 0.18, 0.1)):
+    if rng.random() < 0.12:
+        return np.asarray(picture.photo_window(rng, split, (size, size), (0.7, 4.0)))
+    names, shares = ("target", "image", "reference", "mask"), (0.5, 0.22, 0.18, 0.1)
+    square = rng.random() < 0.35
+    bucket = (size, size) if square else (size // 2, size // 2 * int(rng.integers(3, 5)))
+    chosen = [names[k] for k in rng.choice(4, 1 if square else 2, p=shares)]
+    wants_reference = "reference" in chosen
+    pair = sample(int(rng.integers(2**62)), index, bucket, split, reference_share=float(wants_reference))
+    windows = []
+    for name in chosen:
+        whole = np.repeat(pair["mask"][..., None], 3, 2) if name == "mask" else pair[name]
         x = int(rng.integers(bucket[1] - size + 1))
-        halves.append(picture(pair, names[name])[:, x : x + size])
-    return np.concatenate(halves)
+        windows.append(whole[:, x : x + size])
+    return np.concatenate(windows)
