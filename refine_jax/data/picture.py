@@ -271,10 +271,11 @@ def photo_window(rng: Rng, split: str, size: Size, zoom: tuple[float, float]) ->
     height, width = size
     most = min(photo.width / width, photo.height / height)
     step = min(math.exp(rng.uniform(math.log(zoom[0]), math.log(zoom[1]))), most)
-    x = rng.uniform(0.0, photo.width - width * step)
-    y = rng.uniform(0.0, photo.height - height * step)
+    x = rng.random() * max(0.0, photo.width - width * step)
+    y = rng.random() * max(0.0, photo.height - height * step)
+    box = (x, y, min(photo.width, x + width * step), min(photo.height, y + height * step))
     # Bilinear in Pillow widens with the reduction: antialiased.
-    patch = photo.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, x + width * step, y + height * step))
+    patch = photo.resize((width, height), Image.Resampling.BILINEAR, box=box)
     if split == "train":  # few photographs: mirrored, tinted, channels exchanged
         if rng.random() < 0.5:
             patch = patch.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
