@@ -1,0 +1,91 @@
+"""What the backbone is shown: conditioning tokens of the vision-language encoder, and the latents of condition images.
+
+"refine" (RefineAnything): the images X = [focus crop, reference, mask crop] go to the encoder and, through the VAE, into
+the image stream after the noisy target: [z_t, z_I, z_ref, z_M]. A slot whose image is absent (no reference) is masked
+out and leaves no trace: rotary frames and the text's start count only images that are present.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refine_jax import flow
+from refine_jax.focus import resample
+from refine_jax.models.mmdit import image_positions, text_start
+
+Array = jax.Array | np.ndarray
+
+
+def view(image: Array, box: Array | None, sizes: Sequence[tuple[int, int]]) -> jax.Array:
+    """The part of `image [H, W, 3] uint8` in `box [4]`, as a network looks at it: `[h, w, 3] float32` in 0…255, whole.
+
+    Resized to each of `sizes` in turn with 8-bit rounding: the first time with Lanczos as diffusers' `VaeImageProcessor`
+    does, then bicubic as transformers' `Qwen2VLImageProcessor` does.
+    """
+    for index, size in enumerate(sizes):
+        if index and size == tuple(image.shape[:2]):
+            continue
+        image = resample(image, box, size, "bicubic" if index else "lanczos", quantize=True)
+        box = None
+    return image
+
+
+def to_signed(pixels: Array) -> jax.Array:
+    """0…255 -> −1…1 float32, what the VAE encodes."""
+    return 2.0 * (jnp.asarray(pixels, jnp.float32) / 255.0) - 1.0
+
+
+def to_pixels(signed: Array) -> jax.Array:
+    """−1…1 -> whole numbers 0…255, float32; what lies outside is clipped."""
+    return jnp.round(jnp.clip(signed / 2.0 + 0.5, 0.0, 1.0) * 255.0)
+
+
+class ImageTokens(NamedTuple):
+    """The condition images behind the target: tokens `[B, N_c, 4C]`, and for target and condition images together
+    positions `[B, N, 3] int32` and mask `[B, N] bool`; text_start `[B] int32`."""
+
+    tokens: jax.Array
+    positions: jax.Array
+    mask: jax.Array
+    text_start: jax.Array
+
+
+def image_tokens(
+    target_grid: tuple[int, int], latents: Sequence[Array], present: Sequence[Array | None], patch: int = 2
+) -> ImageTokens:
+    """Packs the latents of the condition images and places them for the rotary embedding.
+
+    target_grid: latent (h, w) of the target; latents[k] `[B, h_k, w_k, C]`; present[k] `[B] bool`, None = always. Image
+    k stands in frame 1 + the number of present images before it, its rows and columns centred on 0 (`scale_rope`); the
+    text starts at the largest half-side, in tokens, of what is present (`QwenEmbedRope`).
+    """
+    batch = latents[0].shape[0]
+    grid = (target_grid[0] // patch, target_grid[1] // patch)
+    tokens, masks = [], [jnp.ones((batch, grid[0] * grid[1]), bool)]
+    frame = jnp.zeros(batch, jnp.int32)
+    positions = [_placed(grid, frame)]
+    frame, start = frame + 1, jnp.full(batch, text_start([grid]), jnp.int32)
+    for image, here in zip(latents, present, strict=True):
+        here = jnp.ones(batch, bool) if here is None else jnp.asarray(here, bool)
+        grid = (image.shape[1] // patch, image.shape[2] // patch)
+        tokens.append(flow.pack_latents(image, patch))
+        positions.append(_placed(grid, frame))
+        masks.append(jnp.broadcast_to(here[:, None], (batch, grid[0] * grid[1])))
+        frame = frame + here
+        start = jnp.where(here, jnp.maximum(start, text_start([grid])), start)
+    return ImageTokens(
+        jnp.concatenate(tokens, axis=1), jnp.concatenate(positions, axis=1), jnp.concatenate(masks, axis=1), start
+    )
+
+
+def _placed(grid: tuple[int, int], frame: jax.Array) -> jax.Array:
+    """Positions of a grid of tokens in the frames `[B]`: `[B, rows·columns, 3] int32`."""
+    return jnp.asarray(image_positions([grid]))[None].at[..., 0].add(frame[:, None])
+
+
+def text_positions(start: jax.Array, length: int) -> jax.Array:
+    """Rotary positions of the text, `[B] int32` -> `[B, length] int32`: counting on from `start`."""
+    return start[:, None] + jnp.arange(length, dtype=jnp.int32)

@@ -1,0 +1,79 @@
+"""Mesh and sharding rules: one table maps the logical axes that parameters declare to mesh axes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from refine_jax.errors import RefineError
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+# Logical axis -> mesh axis. A logical axis that is absent here is replicated.
+DEFAULT_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("length", "context"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+)
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """An Auto mesh over `devices` (default: all) with axes `data, fsdp, tensor, context`.
+
+    `axes` gives the size of each axis; one of them may be -1 (what is left). Raises `RefineError` when the product
+    is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    unknown = set(axes) - set(MESH_AXES)
+    if unknown:
+        raise RefineError(f"mesh: unknown axes {sorted(unknown)}; the axes are {', '.join(MESH_AXES)}")
+    sizes = [int(axes.get(name, 1)) for name in MESH_AXES]
+    known = int(np.prod([s for s in sizes if s != -1]))
+    if sizes.count(-1) > 1 or known < 1 or len(devices) % known:
+        raise RefineError(f"mesh: axes {dict(axes)} do not divide {len(devices)} devices; at most one axis may be -1")
+    sizes = [len(devices) // known if s == -1 else s for s in sizes]
+    if int(np.prod(sizes)) != len(devices):
+        raise RefineError(f"mesh: axes {dict(axes)} need {int(np.prod(sizes))} devices, there are {len(devices)}")
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def param_shardings(abstract: Any, mesh: Mesh, rules=DEFAULT_RULES) -> Any:
+    """Shardings of a boxed (logically annotated) abstract tree; the result has the unboxed tree's structure.
+
+    A dimension that its mesh axis does not divide is replicated, so that one table serves every model size.
+    """
+    specs = nn.get_partition_spec(abstract)
+    shapes = nn.meta.unbox(abstract)
+
+    def place(spec, leaf):
+        mesh_spec = nn.logical_to_mesh_axes(tuple(spec), rules) if spec is not None else PartitionSpec()
+        fitted = []
+        for size, names in zip(leaf.shape, tuple(mesh_spec) + (None,) * (leaf.ndim - len(mesh_spec))):
+            group = (names,) if isinstance(names, str) else tuple(names or ())
+            count = int(np.prod([mesh.shape[n] for n in group])) if group else 1
+            fitted.append(names if count > 1 and size % count == 0 else None)
+        return NamedSharding(mesh, PartitionSpec(*fitted))
+
+    return jax.tree.map(place, specs, shapes, is_leaf=lambda s: isinstance(s, PartitionSpec) or s is None)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding that keeps a whole copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of an array whose leading axis is the global batch."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """A host's numpy batch -> global arrays sharded by their leading axis."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
