@@ -40,7 +40,7 @@ FONT_PACKAGES = {
     "font-rhd": "eval",
 }
 # Strokes of these faces vanish when a word is 20 pixels high; a variable file repeats the static faces.
-_UNREADABLE = ("thin", "extralight", "hairline", "variablefont", "amaticsc-regular")
+_UNREADABLE = ("thin", "light", "hairline", "variablefont", "amaticsc-regular")
 
 # Sample photographs inside the wheels of scikit-image and scikit-learn: CC0 or public domain, except the two of
 # scikit-learn, CC-BY-2.0 (evaluation pictures only, never vendored).
