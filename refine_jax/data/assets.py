@@ -26,6 +26,7 @@ SPLITS = ("train", "eval")
 
 # Distribution -> split. The licence was read in each package (OFL-1.1; Roboto and Caladea: Apache-2.0).
 FONT_PACKAGES = {
+    "deckr-fonts": "train",
     "font-amatic-sc": "train",
     "font-fredoka-one": "train",
     "font-lato": "train",
@@ -41,6 +42,19 @@ FONT_PACKAGES = {
 }
 # Strokes of these faces vanish when a word is 20 pixels high; a variable file repeats the static faces.
 _UNREADABLE = ("thin", "light", "hairline", "variablefont", "amaticsc-regular")
+# Variable files of a package, and the instances (values of their axes, in the file's order) taken from each; other
+# files of that package are left out.
+_INSTANCES = {
+    "deckr-fonts": {
+        "Audiowide-Regular": ((),),
+        "DMSans[opsz,wght]": ((14, 400), (14, 700), (14, 950)),
+        "DMSans-Italic[opsz,wght]": ((14, 600),),
+        "Inter[opsz,wght]": ((14, 400), (14, 600), (14, 850)),
+        "Inter-Italic[opsz,wght]": ((14, 500),),
+        "Roboto[wdth,wght]": ((500, 75), (800, 75)),  # condensed
+        "RobotoMono[wght]": ((400,), (700,)),
+    }
+}
 
 # Sample photographs inside the wheels of scikit-image and scikit-learn: CC0 or public domain, except the two of
 # scikit-learn, CC-BY-2.0 (evaluation pictures only, never vendored).
@@ -62,11 +76,12 @@ _LOGO_SIDE = 128  # pixels of the cached alpha; a training crop shows a logo at 
 
 @dataclass(frozen=True)
 class Face:
-    """One font file: `name` is the file's stem ("Lato-Bold"), `family` the distribution it came in."""
+    """One font file or an instance of a variable one: `name` "Lato-Bold" or "Inter-14-600", `family` "Lato"."""
 
     name: str
     family: str
     path: str
+    axes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,20 +130,30 @@ def faces(split: str) -> tuple[Face, ...]:
             raise _missing(package, split) from None
         by_stem = {}
         for entry in files:
-            if entry.suffix in (".ttf", ".otf") and not any(word in entry.stem.lower() for word in _UNREADABLE):
-                # The same face in both formats counts once, as TrueType.
-                if entry.stem not in by_stem or entry.suffix == ".ttf":
-                    by_stem[entry.stem] = entry
-        if not by_stem:
+            # The same face in both formats counts once, as TrueType.
+            if entry.suffix == ".ttf" or (entry.suffix == ".otf" and entry.stem not in by_stem):
+                by_stem[entry.stem] = str(entry.locate())
+        instances = _INSTANCES.get(package)
+        if instances is None:
+            kept = (stem for stem in by_stem if not any(word in stem.lower() for word in _UNREADABLE))
+            instances = {stem: ((),) for stem in kept}
+        if not instances or not instances.keys() <= by_stem.keys():
             raise _missing(package, split)
-        found += [Face(stem, package, str(by_stem[stem].locate())) for stem in sorted(by_stem)]
+        for stem in sorted(instances):
+            plain = stem.split("[")[0]
+            for axes in instances[stem]:
+                name = "-".join([plain, *map(str, axes)])
+                found.append(Face(name, plain.split("-")[0], by_stem[stem], axes))
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=4096)
-def font(path: str, size: int) -> ImageFont.FreeTypeFont:
+@functools.lru_cache(maxsize=2048)
+def font(face: Face, size: int) -> ImageFont.FreeTypeFont:
     """An opened font, `size` pixels an em. The basic layout engine: glyph positions do not depend on raqm."""
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+    opened = ImageFont.truetype(face.path, size, layout_engine=ImageFont.Layout.BASIC)
+    if face.axes:
+        opened.set_variation_by_axes(list(face.axes))
+    return opened
 
 
 @functools.cache

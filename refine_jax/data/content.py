@@ -92,7 +92,7 @@ def _text(rng: Rng, split: str, bucket: Size) -> Content:
     else:
         lines = (_word(rng, split, shortest, longest),)
     case = rng.random()
-    if case < 0.5 or face.family == "font-amatic-sc":  # its lower case is drawn as capitals
+    if case < 0.5 or face.family == "AmaticSC":  # its lower case is drawn as capitals
         lines = tuple(line.upper() for line in lines)
     elif case < 0.8:
         lines = tuple(line.capitalize() for line in lines)

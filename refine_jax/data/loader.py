@@ -65,6 +65,7 @@ class Batches(grain.DatasetIterator):
         process_count: int = 1,
         workers: int = 0,
     ):
+        self._source = None
         super().__init__()
         if batch_size <= 0 or batch_size % process_count:
             raise RefineError(f"batch_size: {batch_size} is not a positive multiple of the {process_count} processes")
@@ -73,7 +74,7 @@ class Batches(grain.DatasetIterator):
         self._rows = batch_size // process_count
         self._first = process_index * self._rows
         self._make, self._workers = make, workers
-        self._step, self._source = int(start), None
+        self._step = int(start)
 
     def _build(self):
         rows = grain.MapDataset.range(self._step * self._rows, 2**62)
@@ -105,7 +106,7 @@ class Batches(grain.DatasetIterator):
 
     def close_workers(self) -> None:
         """Ends the worker processes; the next batch starts new ones."""
-        if self._source is not None and hasattr(self._source, "close"):
+        if self._source is not None:
             self._source.close()
         self._source = None
 

@@ -51,12 +51,12 @@ class Style:
 
 
 @functools.lru_cache(maxsize=4096)
-def _line_box(path: str, size: int, line: str) -> tuple[int, int, int, int]:
-    return tuple(int(v) for v in assets.font(path, size).getbbox(line))
+def _line_box(face: assets.Face, size: int, line: str) -> tuple[int, int, int, int]:
+    return tuple(int(v) for v in assets.font(face, size).getbbox(line))
 
 
 def _line_boxes(content: Content, size: int) -> list[tuple[int, int, int, int]]:
-    return [_line_box(content.face.path, size, line) for line in content.lines]
+    return [_line_box(content.face, size, line) for line in content.lines]
 
 
 _LEADING = 0.28  # gap between stacked lines, in letters
@@ -93,8 +93,9 @@ def _layer(content: Content, height: float, stroke: float = 0.0) -> Image.Image:
         return layer
     _, unit_height, unit_letter = _ink_size(content)
     letter = height * unit_letter / unit_height
-    size = int(min(160, max(6, round(64 * letter / unit_letter))))
-    font = assets.font(content.face.path, size)
+    # Sizes a few per cent apart: few enough fonts to keep open, and the projection makes up the difference.
+    size = round(1.06 ** round(math.log(min(160.0, max(6.0, 64 * letter / unit_letter)), 1.06)))
+    font = assets.font(content.face, size)
     boxes = _line_boxes(content, size)
     line = max(1, max(box[3] - box[1] for box in boxes))
     width = max(1, max(box[2] - box[0] for box in boxes))
