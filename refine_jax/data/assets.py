@@ -147,7 +147,7 @@ def faces(split: str) -> tuple[Face, ...]:
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=2048)
+@functools.lru_cache(maxsize=1024)
 def font(face: Face, size: int) -> ImageFont.FreeTypeFont:
     """An opened font, `size` pixels an em. The basic layout engine: glyph positions do not depend on raqm."""
     opened = ImageFont.truetype(face.path, size, layout_engine=ImageFont.Layout.BASIC)
