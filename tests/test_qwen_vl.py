@@ -20,6 +20,8 @@ from refine_jax.models.qwen_vl import QwenVL, QwenVLConfig
 
 torch.set_num_threads(1)
 IMAGE, START, END = 290, 291, 292
+# Compiling is most of the time here, and the arithmetic is the same at any level.
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 # Windows of 4 merge cells; none of these grids divides into whole windows, one fits into a single window.
 GRIDS = ((10, 14), (6, 4), (12, 22))
@@ -107,7 +109,7 @@ def reference_positions(model, ids, grids) -> np.ndarray:
     return positions[:, 0].T.numpy()
 
 
-# -------------------------------------------------------------------------------------------------- rung 1: submodules
+# --------------------------------------------------------------------------------------------------- rung 1: submodules
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("index, full", [(0, False), (1, True)])
 def test_vision_block(grid, index, full):
@@ -130,7 +132,7 @@ def test_vision_block(grid, index, full):
     windows = qwen_vl.Windows(grid[0] // 2, grid[1] // 2, cfg.window_cells, 4)
     params = jax.tree.map(lambda leaf: leaf[index], variables["params"]["visual"]["blocks"])
     block = qwen_vl.VisionBlock(cfg, "float32", "float32")
-    ours, _ = block.apply({"params": params}, x, jnp.asarray(full), cos, sin, windows)
+    ours, _ = quick(block.apply)({"params": params}, x, jnp.asarray(full), cos, sin, windows)
     assert_close(ours, theirs, 1e-5)
 
 
@@ -150,7 +152,7 @@ def test_merger():
     with torch.no_grad():
         theirs = model.model.visual.merger(torch.tensor(x)).numpy().reshape(3, 6, 32)
     merger = qwen_vl.PatchMerger(config.vision, "float32", "float32")
-    assert_close(merger.apply({"params": variables["params"]["visual"]["merger"]}, x), theirs, 1e-5)
+    assert_close(quick(merger.apply)({"params": variables["params"]["visual"]["merger"]}, x), theirs, 1e-5)
 
 
 def test_text_layer_and_rotary():
@@ -168,11 +170,12 @@ def test_text_layer_and_rotary():
     assert_close(sin, rope[1].numpy()[..., :4], 1e-6)
     params = jax.tree.map(lambda leaf: leaf[1], variables["params"]["language_model"]["layers"])
     mask = np.tril(np.ones((9, 9), bool))[None, None]
-    ours, _ = qwen_vl.TextLayer(config.text, "float32", "float32").apply({"params": params}, x, mask, cos, sin)
+    layer = qwen_vl.TextLayer(config.text, "float32", "float32")
+    ours, _ = quick(layer.apply)({"params": params}, x, mask, cos, sin)
     assert_close(ours, theirs, 1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- rung 2: networks
+# ----------------------------------------------------------------------------------------------------- rung 2: networks
 @pytest.mark.parametrize("seed, grid", [(0, GRIDS[0]), (1, GRIDS[1]), (2, GRIDS[2]), (0, (8, 16))])
 def test_vision_tower(seed, grid):
     model, config, variables = pair(seed)
@@ -180,7 +183,7 @@ def test_vision_tower(seed, grid):
     patches = patches.astype(np.float32)
     with torch.no_grad():
         out = model.model.visual(torch.tensor(patches).flatten(0, 1), grid_thw=torch.tensor([[1, *grid]] * 2))
-    ours = QwenVL(config).apply(variables, patches, grid, method="vision")
+    ours = quick(lambda p: QwenVL(config).apply(variables, p, grid, method="vision"))(patches)
     assert_close(ours, out.pooler_output.numpy().reshape(ours.shape), 1e-4)
 
 
@@ -202,7 +205,7 @@ def encode_reference(model, ids, patches, grids):
 
 @functools.cache
 def compiled(config, grids):
-    return jax.jit(functools.partial(QwenVL(config).apply, grids=grids))
+    return quick(functools.partial(QwenVL(config).apply, grids=grids))
 
 
 def batch_of(prompts, patches_of, grids, present, length):
@@ -235,14 +238,14 @@ def test_encoder_batch_of_different_pictures_and_lengths(seed):
         for b, p in enumerate(prompts)
     ]
     outputs = []
-    for spare in (3, 19):
+    for spare in (3, 19) if seed == 0 else (3,):
         arguments = batch_of(prompts, patches, grids, present, longest + spare)
         ours = np.asarray(compiled(config, grids)(variables, *arguments))
         assert np.isfinite(ours).all()
         for b, p in enumerate(prompts):
             assert_close(ours[b, : len(p)], theirs[b], 1e-4)
         outputs.append(ours[:, :longest] * arguments[1][:, :longest, None])
-    assert np.abs(outputs[0] - outputs[1]).max() <= 1e-5, "padding changes nothing"
+    assert np.abs(outputs[0] - outputs[-1]).max() <= 1e-5, "padding changes nothing"
 
 
 def test_absent_images_and_neighbours_have_no_influence():
@@ -263,45 +266,47 @@ def test_absent_images_and_neighbours_have_no_influence():
 def test_bfloat16_against_float32():
     _, config, variables = pair(0)
     rng = np.random.default_rng(5)
-    grids = GRIDS[:2]
+    grids = GRIDS[:1]
     p = prompt(list(grids), rng)
     patches = [[rng.normal(size=(g[0] * g[1], 1176)).astype(np.float32) for g in grids]]
-    arguments = batch_of([p], patches, grids, [(True, True)], len(p))
+    arguments = batch_of([p], patches, grids, [(True,)], len(p))
     half = qwen_vl.dataclasses.replace(config, dtype="bfloat16")
     ours = compiled(half, grids)(variables, *arguments)
     assert ours.dtype == jnp.bfloat16
     assert relative(ours.astype(jnp.float32), compiled(config, grids)(variables, *arguments)) <= 2e-2
 
 
-def test_shared_image_tokens_and_remat_give_the_same():
+def test_shared_image_tokens_and_gradients_with_remat():
     _, config, variables = pair(1)
     rng = np.random.default_rng(6)
-    grids = (GRIDS[1], GRIDS[1])
+    grids = (GRIDS[0],)
     p = prompt(list(grids), rng)
     patches = [[rng.normal(size=(g[0] * g[1], 1176)).astype(np.float32) for g in grids]]
-    ids, mask, positions, images, index = batch_of([p], patches, grids, [(True, True)], len(p))
+    ids, mask, positions, images, index = batch_of([p], patches, grids, [(True,)], len(p))
     whole = compiled(config, grids)(variables, ids, mask, positions, images, index)
     model = QwenVL(config)
-    tokens = model.apply(variables, images, grids, method="image_tokens")
-    parts = model.apply(variables, ids, mask, positions, tokens, index, method="text")
+
+    @quick
+    def shared(ids):
+        tokens = model.apply(variables, images, grids, method="image_tokens")
+        return model.apply(variables, ids, mask, positions, tokens, index, method="text")
+
+    parts = shared(ids)
     assert_close(parts, whole, 1e-5)
 
     def loss(config, params):
         out = QwenVL(config).apply({"params": params}, ids, mask, positions, images, index, grids=grids)
         return jnp.mean(jnp.square(out))
 
-    gradients = [
-        jax.jit(jax.grad(functools.partial(loss, qwen_vl.dataclasses.replace(config, remat=remat))))(
-            variables["params"]
-        )
-        for remat in (None, "full")
-    ]
-    for plain, saved in zip(*map(jax.tree.leaves, gradients)):
-        assert np.abs(np.asarray(plain)).max() > 0
-        assert_close(saved, plain, 1e-4)
+    saved = quick(jax.grad(functools.partial(loss, qwen_vl.dataclasses.replace(config, remat="full"))))
+    gradient = saved(variables["params"])
+    assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(gradient))
+    # Forward mode without remat must see the same slope along the gradient.
+    _, slope = quick(lambda p, t: jax.jvp(functools.partial(loss, config), (p,), (t,)))(variables["params"], gradient)
+    assert_close(slope, sum(np.square(leaf).sum() for leaf in jax.tree.leaves(gradient)), 1e-4)
 
 
-# ---------------------------------------------------------------------------------------- positions, patches and sizes
+# ----------------------------------------------------------------------------------------- positions, patches and sizes
 def test_positions_equal_the_reference():
     model, _, _ = pair(0)
     rng = np.random.default_rng(0)
@@ -341,7 +346,7 @@ def test_image_size_equals_smart_resize():
         assert qwen_vl.vl_image_size(height, width, **limits) == smart_resize(height, width, **limits)
 
 
-# ------------------------------------------------------------------------------------------------- names and the table
+# -------------------------------------------------------------------------------------------------- names and the table
 @pytest.mark.parametrize("layout", ["nested", "flat"])
 def test_table_there_and_back(layout):
     model, config, variables = pair(0)
@@ -400,6 +405,16 @@ def test_published_configuration_has_the_published_tensors():
     assert count + head[0] * head[1] == sum(p.numel() for p in theirs.parameters()) == 8_292_166_656
 
 
+def test_configuration_there_and_back():
+    for config in (QwenVLConfig(), pair(0)[1]):
+        assert QwenVLConfig.from_dict(config.to_dict()) == config
+        theirs = Qwen2_5_VLConfig(**config.to_dict()).to_dict()
+        assert QwenVLConfig.from_dict(theirs) == config
+    odd = qwen_vl.dataclasses.replace(pair(0)[1].vision, image_mean=(0.5, 0.5, 0.5))
+    odd = qwen_vl.dataclasses.replace(pair(0)[1], vision=odd)
+    assert QwenVLConfig.from_dict(odd.to_dict()) == odd
+
+
 def test_every_parameter_has_logical_axes():
     config = pair(0)[1]
     ids = jnp.zeros((1, 2), jnp.int32)
@@ -421,10 +436,10 @@ def test_lora_on_a_scanned_layer():
     lora = {"language_model": {"layers": {"self_attn": {"q_proj": {"a": a, "b": b}}}}}
     merged = jax.tree.map(np.copy, variables)
     merged["params"]["language_model"]["layers"]["self_attn"]["q_proj"]["kernel"] += a @ b
-    model = QwenVL(config)
-    ours = model.apply({**variables, "lora": lora}, *arguments)
-    assert relative(ours, model.apply(variables, *arguments)) > 1e-3
-    assert_close(ours, model.apply(merged, *arguments), 1e-5)
+    run = compiled(config, ())
+    ours = run({**variables, "lora": lora}, *arguments)
+    assert relative(ours, run(variables, *arguments)) > 1e-3
+    assert_close(ours, run(merged, *arguments), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,31 @@ class QwenVLConfig:
             **{"image_token_id": config.get("image_token_id", 151655), **overrides},
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads: config.json of `Qwen2_5_VLForConditionalGeneration`, without the compute settings."""
+        parts = []
+        for part in (self.vision, self.text):
+            values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(part).items()}
+            parts.append({**values, "hidden_act": "silu"})
+        vision, text = parts
+        for name, default in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+            # They are the image processor's; a file says them here only where they are not the released ones.
+            if vision[name] == list(default):
+                del vision[name]
+        vision["rope_parameters"] = {"rope_type": "axial", "rope_theta": vision.pop("rope_theta")}
+        text["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": text.pop("rope_theta"),
+            "mrope_section": text.pop("mrope_section"),
+        }
+        return {
+            "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "model_type": "qwen2_5_vl",
+            "image_token_id": self.image_token_id,
+            "text_config": {"model_type": "qwen2_5_vl_text", **text},
+            "vision_config": {"model_type": "qwen2_5_vl_vision", **vision},
+        }
+
 
 def _require(condition: bool, name: str, value: Any) -> None:
     if not condition:
