@@ -16,7 +16,7 @@ import numpy as np
 import tokenizers
 
 from refine_jax.errors import RefineError
-from refine_jax.models.qwen_vl import Grid, image_index, merged_tokens, mrope_positions
+from refine_jax.models.qwen_vl_config import Grid, image_index, merged_tokens, mrope_positions
 
 IMAGE_TOKEN = "<|image_pad|>"
 SPECIAL_TOKENS = (

@@ -1,5 +1,6 @@
 """Qwen2.5-VL against transformers: submodules (<= 1e-5), networks (<= 1e-4), positions, patches, names and shapes."""
 
+import dataclasses
 import functools
 
 import jax
@@ -270,7 +271,7 @@ def test_bfloat16_against_float32():
     p = prompt(list(grids), rng)
     patches = [[rng.normal(size=(g[0] * g[1], 1176)).astype(np.float32) for g in grids]]
     arguments = batch_of([p], patches, grids, [(True,)], len(p))
-    half = qwen_vl.dataclasses.replace(config, dtype="bfloat16")
+    half = dataclasses.replace(config, dtype="bfloat16")
     ours = compiled(half, grids)(variables, *arguments)
     assert ours.dtype == jnp.bfloat16
     assert relative(ours.astype(jnp.float32), compiled(config, grids)(variables, *arguments)) <= 2e-2
@@ -298,7 +299,7 @@ def test_shared_image_tokens_and_gradients_with_remat():
         out = QwenVL(config).apply({"params": params}, ids, mask, positions, images, index, grids=grids)
         return jnp.mean(jnp.square(out))
 
-    saved = quick(jax.grad(functools.partial(loss, qwen_vl.dataclasses.replace(config, remat="full"))))
+    saved = quick(jax.grad(functools.partial(loss, dataclasses.replace(config, remat="full"))))
     gradient = saved(variables["params"])
     assert all(np.abs(np.asarray(leaf)).max() > 0 for leaf in jax.tree.leaves(gradient))
     # Forward mode without remat must see the same slope along the gradient.
@@ -410,8 +411,8 @@ def test_configuration_there_and_back():
         assert QwenVLConfig.from_dict(config.to_dict()) == config
         theirs = Qwen2_5_VLConfig(**config.to_dict()).to_dict()
         assert QwenVLConfig.from_dict(theirs) == config
-    odd = qwen_vl.dataclasses.replace(pair(0)[1].vision, image_mean=(0.5, 0.5, 0.5))
-    odd = qwen_vl.dataclasses.replace(pair(0)[1], vision=odd)
+    odd = dataclasses.replace(pair(0)[1].vision, image_mean=(0.5, 0.5, 0.5))
+    odd = dataclasses.replace(pair(0)[1], vision=odd)
     assert QwenVLConfig.from_dict(odd.to_dict()) == odd
 
 

@@ -7,7 +7,7 @@ while published files (and what `save_pretrained` writes from it) say ``visual.*
 from collections.abc import Iterable
 
 from refine_jax.convert.mapping import Rule, Table, linear_from_conv3d
-from refine_jax.models.qwen_vl import QwenVLConfig
+from refine_jax.models.qwen_vl_config import QwenVLConfig
 
 # layout -> (prefix of the vision tower, prefix of the language model)
 LAYOUTS = {"nested": ("model.visual", "model.language_model"), "flat": ("visual", "model")}
