@@ -162,8 +162,8 @@ def _contract(spec: str, weights: jax.Array, image: jax.Array, quantize: bool) -
     product = partial(jnp.einsum, spec, precision=lax.Precision.HIGHEST)  # a TPU would otherwise multiply in bfloat16
     if not quantize:
         return product(weights, image)
-    # Two halves of the weights, so that all sums are integers below 2^24 (up to 64 taps) and exact in float32: the same
-    # in any order, on any device, in any canvas.
+    # Two halves of the weights, so that all sums are integers below 2^24 (up to 64 taps) and exact in float32: whatever
+    # the order of summation, so whatever the size of the canvas.
     fixed = jnp.round(weights * 2.0**22)
     high = jnp.round(fixed * 2.0**-11)
     low = fixed - high * 2.0**11
@@ -291,8 +291,13 @@ def erode(mask: Array, radius: int, box: Array | None = None) -> jax.Array:
 
 def _extend(x: jax.Array, low, high, pad: int, axis: int) -> jax.Array:
     """`x` with `pad` more samples on either side of `axis`; samples outside [low, high) repeat the nearest inside."""
-    index = jnp.clip(jnp.arange(-pad, x.shape[axis] + pad), low, jnp.maximum(high - 1, low))
-    return jnp.take(x, index, axis=axis, mode="clip")
+    # The two edge lines are broadcast and selected: a gather of the whole picture would be many times slower.
+    first = lax.dynamic_slice_in_dim(x, low, 1, axis)
+    last = lax.dynamic_slice_in_dim(x, high - 1, 1, axis)
+    pads, shape = [(0, 0)] * x.ndim, [1] * x.ndim
+    pads[axis], shape[axis] = (pad, pad), -1
+    index = jnp.arange(-pad, x.shape[axis] + pad).reshape(shape)
+    return jnp.where(index < low, first, jnp.where(index >= high, last, jnp.pad(x, pads)))
 
 
 def gaussian_blur(x: Array, sigma: float, kernel_size: int | None = None, box: Array | None = None) -> jax.Array:
@@ -371,8 +376,8 @@ def feather(
 ) -> jax.Array:
     """The blending weight M̃ = Blur(Dilate(M_c; r), k) of the crop `box`, at the resolution of the image.
 
-    `mask [H, W]` uint8 or bool, `box [4]` -> `alpha [H, W] float32` in 0..1, 0 outside the box. Dilation is over
-    2·grow+1 = 7 pixels. "released": the released code's `GaussianBlur(blur)` on 8 bits, grey mask values kept.
+    `mask [H, W]` uint8 (0..255) or bool, `box [4]` -> `alpha [H, W] float32` in 0..1, 0 outside the box. Dilation is
+    over 2·grow+1 = 7 pixels. "released": the released code's `GaussianBlur(blur)` on 8 bits, grey mask values kept.
     "paper": a Gaussian of `kernel_size` 11, not rounded; the paper gives no σ, so it is 2.0, what OpenCV and
     torchvision derive from that size (0.3·((k-1)/2 - 1) + 0.8). Both see the mask cropped to the box: its border
     repeats outwards, and a mask that touches it is not faded there.

@@ -14,6 +14,7 @@ from refine_jax.errors import RefineError
 few = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
 band_of = jax.jit(losses.boundary_band, static_argnames=("r_out", "r_in"))
+loss_of = jax.jit(losses.boundary_weighted_loss)
 
 
 def blobs(seed, size=(64, 96)):
@@ -40,15 +41,15 @@ def test_band_is_dilation_minus_erosion(r_out, r_in, seed):
 
 def test_band_of_nothing_and_of_everything_is_empty():
     for fill in (0, 1):
-        assert not np.any(losses.boundary_band(np.full((2, 40, 40), fill)))
+        assert not np.any(band_of(np.full((2, 40, 40), fill, np.uint8)))
 
 
 def test_band_in_a_canvas_is_the_band_of_the_crop():
     mask = blobs(3)
     canvas = np.ones((80, 128), np.uint8)
     canvas[:64, :96] = mask
-    got = losses.boundary_band(canvas, 4, 4, np.array([0, 0, 96, 64], np.int32))
-    np.testing.assert_array_equal(got[:64, :96], losses.boundary_band(mask, 4, 4))
+    got = np.asarray(band_of(canvas, 4, 4, np.array([0, 0, 96, 64], np.int32)))
+    np.testing.assert_array_equal(got[:64, :96], band_of(mask, 4, 4))
     assert not np.any(got[64:]) and not np.any(got[:, 96:])
 
 
@@ -81,14 +82,12 @@ def test_loss_equals_a_loop_and_packing_does_not_matter(seed, alpha):
     total = 0.0
     for b, y, x in np.ndindex(band.shape):
         total += np.sum((pred[b, y, x].astype(np.float64) - target[b, y, x]) ** 2) * (1 + alpha * band[b, y, x])
-    loss, parts = losses.boundary_weighted_loss(pred, target, band, region, alpha=alpha)
+    loss, parts = loss_of(pred, target, band, region, alpha=alpha)
     np.testing.assert_allclose(loss, total / band.size, rtol=1e-5)
     base = ((pred - target) ** 2).sum(-1)
     for name, weight in {"base": 1 + 0 * band, "band": band, "inside": region, "outside": 1 - region}.items():
         np.testing.assert_allclose(parts[name], (base * weight).sum() / weight.sum(), rtol=1e-5)
-    packed_loss, packed_parts = jax.jit(losses.boundary_weighted_loss, static_argnames="alpha")(
-        flow.pack_latents(pred), flow.pack_latents(target), band, region, alpha=alpha
-    )
+    packed_loss, packed_parts = loss_of(flow.pack_latents(pred), flow.pack_latents(target), band, region, alpha=alpha)
     np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)
     for name, part in parts.items():
         np.testing.assert_allclose(packed_parts[name], part, rtol=1e-5)
@@ -113,14 +112,14 @@ def test_weights_of_samples_and_empty_parts():
     pred, target, band, region = sample(0)
     keep = np.array([1, 0, 1], np.float32)
     pred[1] = 1e6
-    loss, parts = losses.boundary_weighted_loss(pred, target, band, region, sample_weight=keep)
-    want, want_parts = losses.boundary_weighted_loss(pred[::2], target[::2], band[::2], region[::2])
+    loss, parts = loss_of(pred, target, band, region, sample_weight=keep)
+    want, want_parts = loss_of(pred[::2], target[::2], band[::2], region[::2])
     np.testing.assert_allclose(loss, want, rtol=1e-5)
     for name in parts:
         np.testing.assert_allclose(parts[name], want_parts[name], rtol=1e-5)
-    loss, parts = losses.boundary_weighted_loss(pred, target, 0 * band, 0 * region)
+    loss, parts = loss_of(pred, target, 0 * band, 0 * region)
     assert parts["band"] == 0 and parts["inside"] == 0 and np.isclose(loss, parts["base"])
-    none, parts = losses.boundary_weighted_loss(pred, target, band, region, sample_weight=0 * keep)
+    none, parts = loss_of(pred, target, band, region, sample_weight=0 * keep)
     assert none == 0 and all(v == 0 for v in parts.values())
 
 
