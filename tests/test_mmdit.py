@@ -80,12 +80,19 @@ def inputs(config: MMDiTConfig, grids, *, batch=2, text_length=7, seed=0):
     return [latents, text, sigma, positions, text_positions]
 
 
-def velocity(config, params, args, target_length, lora=None, **masks):
+def _velocity(config, target_length, variables, args, masks):
+    return MMDiT(config).apply(variables, *args, target_length=target_length, **masks)
+
+
+# Comparisons with the reference run as users compile them; comparisons with ourselves compile faster.
+QUICK = {"xla_backend_optimization_level": 0}
+_optimised = jax.jit(_velocity, static_argnums=(0, 1))
+_quick = jax.jit(_velocity, static_argnums=(0, 1), compiler_options=QUICK)
+
+
+def velocity(config, params, args, target_length, *, lora=None, optimised=False, **masks):
     variables = {"params": params} | ({} if lora is None else {"lora": lora})
-    apply = jax.jit(
-        lambda variables, args, masks: MMDiT(config).apply(variables, *args, target_length=target_length, **masks)
-    )
-    return apply(variables, args, masks)
+    return (_optimised if optimised else _quick)(config, target_length, variables, args, masks)
 
 
 def reference_velocity(reference, args, grids, text_mask=None):
@@ -235,14 +242,15 @@ def test_network(seed, zero_cond_t, grids, text_mask):
     mask = None if text_mask is None else np.array(text_mask, bool)
     ref = reference_velocity(reference, args, grids, mask)
     target = grids[0][0] * grids[0][1]
-    ours = velocity(config, params, args, target, text_mask=mask)
+    ours = velocity(config, params, args, target, text_mask=mask, optimised=True)
     assert ours.dtype == jnp.float32
     assert relative_error(ours, ref) <= 1e-4
-    unscanned = dataclasses.replace(config, scan=False)
-    twin = velocity(unscanned, unstack_blocks(params), args, target, text_mask=mask)
-    assert relative_error(twin, ours) <= 1e-6
     if mask is not None and mask.all():
         assert relative_error(velocity(config, params, args, target), ours) <= 1e-6
+    if seed in (2, 4):
+        unscanned = dataclasses.replace(config, scan=False)
+        twin = velocity(unscanned, unstack_blocks(params), args, target, text_mask=mask)
+        assert relative_error(twin, ours) <= 1e-6
 
 
 def test_wider_network():
@@ -317,53 +325,40 @@ def test_lora_is_an_addition_to_the_base():
     _, config, params = pair(8)
     args = inputs(config, [(3, 3), (2, 2)], seed=8)
     base = velocity(config, params, args, 9)
-    targets = ("to_q", "to_k", "to_v", "to_out")
-    rank, width, depth = 2, config.width, config.num_layers
-    lora = {
-        "blocks": {
-            "attn": {
-                name: {"a": randn(i, depth, width, rank) / 7, "b": 0.3 * randn(i + 9, depth, rank, width)}
-                for i, name in enumerate(targets)
-            }
-        }
-    }
+    fresh = layers.init_lora(jax.random.key(0), params, r"blocks/(attn/(to_q|to_out)|txt_mlp/up)|img_in", 2)
     assert relative_error(velocity(config, params, args, 9, lora={}), base) == 0
-    zeroed = jax.tree.map(lambda x: x, lora)
-    for name in targets:
-        zeroed["blocks"]["attn"][name] = {
-            **zeroed["blocks"]["attn"][name],
-            "b": np.zeros((depth, rank, width), np.float32),
-        }
-    assert relative_error(velocity(config, params, args, 9, lora=zeroed), base) == 0
-    folded = jax.tree.map(lambda x: x, params)
-    for name in targets:
-        entry = lora["blocks"]["attn"][name]
-        folded["blocks"]["attn"][name]["kernel"] = params["blocks"]["attn"][name]["kernel"] + entry["a"] @ entry["b"]
+    assert relative_error(velocity(config, params, args, 9, lora=fresh), base) == 0
+    assert jax.tree.map(np.shape, fresh)["blocks"]["attn"]["to_q"] == {"a": (3, 48, 2), "b": (3, 2, 48)}
+    # A trained adapter: b away from zero.
+    lora = jax.tree.map(lambda x: np.asarray(x) if x.any() else 0.3 * randn(x.size, *x.shape), fresh)
     adapted = velocity(config, params, args, 9, lora=lora)
     assert relative_error(adapted, base) > 1e-2
-    assert relative_error(adapted, velocity(config, folded, args, 9)) <= 1e-5
-    unscanned = dataclasses.replace(config, scan=False)
-    twin = velocity(unscanned, unstack_blocks(params), args, 9, lora=unstack_blocks(lora))
+    assert relative_error(adapted, velocity(config, layers.merge_lora(params, lora), args, 9)) <= 1e-5
+    twin = velocity(dataclasses.replace(config, scan=False), unstack_blocks(params), args, 9, lora=unstack_blocks(lora))
     assert relative_error(twin, adapted) <= 1e-6
-    two = jax.tree.map(lambda a: a, lora)
-    for name in targets:
-        entry = lora["blocks"]["attn"][name]
-        two["blocks"]["attn"][name] = {
-            "a": np.concatenate([entry["a"]] * 2, axis=2),
-            "b": np.concatenate([0.25 * entry["b"], 0.75 * entry["b"]], axis=1),
-        }
-    assert relative_error(velocity(config, params, args, 9, lora=two), adapted) <= 1e-5
+    with pytest.raises(RefineError, match="to_x"):
+        layers.init_lora(jax.random.key(0), params, "blocks/attn/to_x", 2)
+    with pytest.raises(RefineError, match="blocks/attn/to_x"):
+        layers.merge_lora(params, {"blocks": {"attn": {"to_x": lora["blocks"]["attn"]["to_q"]}}})
 
 
-@pytest.mark.parametrize("remat", ["full", "dots_with_no_batch_dims_saveable"])
-@pytest.mark.parametrize("scan", [True, False])
+def test_adapters_stack_along_the_rank():
+    dense = layers.Dense(5, ("embed", "mlp"))
+    x, parts = randn(0, 4, 6), [(randn(i, 6, 2), randn(i + 5, 2, 5)) for i in range(2)]
+    params = {"kernel": randn(9, 6, 5), "bias": randn(10, 5)}
+    both = {"a": np.concatenate([a for a, _ in parts], axis=1), "b": np.concatenate([b for _, b in parts], axis=0)}
+    expected = x @ (params["kernel"] + sum(a @ b for a, b in parts)) + params["bias"]
+    assert relative_error(dense.apply({"params": params, "lora": both}, x), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("remat, scan", [("full", True), ("dots_with_no_batch_dims_saveable", False)])
 def test_gradients_do_not_depend_on_remat_or_scan(remat, scan):
     _, config, params = pair(9, num_layers=2)
     args = inputs(config, [(2, 3), (2, 2)], batch=1, seed=9)
 
     def gradient(config, params):
         loss = lambda p: jnp.sum(jnp.square(MMDiT(config).apply({"params": p}, *args, target_length=6)))
-        return jax.jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
 
     expected = gradient(config, params)
     other = dataclasses.replace(config, remat=remat, scan=scan)

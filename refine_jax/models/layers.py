@@ -5,17 +5,22 @@ Networks are applied with plain (unboxed) trees. Names in use:
 
 - parameters: ``layers`` (scanned blocks), ``embed``, ``heads`` (heads x head_dim), ``mlp``, ``vocab``, ``norm``,
   ``time``, ``in_channels``, ``out_channels``, ``conv_in``, ``conv_out``;
-- activations: ``batch``, ``length``, ``act_embed``, ``act_heads``, ``act_mlp``. They differ from the parameters' names
-  because the residual stream is normally whole along the features on which FSDP splits the kernels.
+- activations: ``batch``, ``length`` (image and joint tokens), ``text_length``, ``act_embed``, ``act_heads``,
+  ``act_mlp``. They differ from the parameters' names because the residual stream is normally whole along the features
+  on which FSDP splits the kernels.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
+
+from refine_jax.errors import RefineError
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -69,6 +74,48 @@ class Dense(nn.Module):
             )
             y = y + bias.astype(dtype)
         return y
+
+
+def init_lora(
+    key: Array, params: Mapping[str, Any], targets: str, rank: int, dtype: Any = jnp.float32
+) -> dict[str, Any]:
+    """A fresh ``lora`` collection for the dense layers whose "/"-joined path the expression `targets` matches fully.
+
+    `a` is uniform in ±1/sqrt(in), `b` zero, so that the adapted network starts as the base. Kernels may be stacked:
+    [..., in, out] gives a [..., in, rank], b [..., rank, out]. Raises RefineError where nothing matches.
+
+    >>> init_lora(key, params, r"blocks/attn/(to_q|to_k|to_v|to_out)", 256)
+    {"blocks": {"attn": {"to_q": {"a": [60, 3072, 256], "b": [60, 256, 3072]}, …}}}
+    """
+    lora: dict[tuple[str, ...], Array] = {}
+    for path, kernel in traverse_util.flatten_dict(params).items():
+        if path[-1] != "kernel" or not re.fullmatch(targets, "/".join(path[:-1])):
+            continue
+        *stack, inputs, outputs = kernel.shape
+        key, own = jax.random.split(key)
+        bound = inputs**-0.5
+        lora[(*path[:-1], "a")] = jax.random.uniform(own, (*stack, inputs, rank), dtype, -bound, bound)
+        lora[(*path[:-1], "b")] = jnp.zeros((*stack, rank, outputs), dtype)
+    if not lora:
+        raise RefineError(f"LoRA targets {targets!r}: no dense layer has such a path")
+    return traverse_util.unflatten_dict(lora)
+
+
+def merge_lora(params: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
+    """The base tree with `kernel + a @ b` (summed in float32) where `lora` has an entry.
+
+    Raises RefineError for an entry at a path where the base has no dense layer.
+    """
+    merged = traverse_util.flatten_dict(params)
+    adapters = traverse_util.flatten_dict(lora)
+    for path in {path[:-1] for path in adapters}:
+        kernel = merged.get((*path, "kernel"))
+        if kernel is None:
+            raise RefineError(f"LoRA entry {'/'.join(path)}: the network has no dense layer there")
+        a, b = (jnp.asarray(adapters[(*path, name)], jnp.float32) for name in ("a", "b"))
+        product = jnp.matmul(a, b, precision="highest")
+        merged[(*path, "kernel")] = (jnp.asarray(kernel, jnp.float32) + product).astype(kernel.dtype)
+    return traverse_util.unflatten_dict(merged)
 
 
 class RMSNorm(nn.Module):

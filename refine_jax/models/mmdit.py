@@ -79,7 +79,7 @@ class MMDiTConfig:
         Raises RefineError for a field that is switched on there and that this network does not have.
         """
         known = {field.name for field in fields(cls)}
-        # `guidance_embeds` and `pooled_projection_dim` stand in published files but no parameter depends on them.
+        # Stands in the first published files, but no parameter ever depended on it.
         inert = {"pooled_projection_dim"}
         sizes = {key: value for key, value in config.items() if key in known}
         foreign = sorted(
