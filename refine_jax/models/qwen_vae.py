@@ -381,7 +381,7 @@ def tiled_encode(
     """`QwenVAE.encode` by overlapping tiles, blended as the reference's `tiled_encode`; a small image goes whole.
 
     Each tile is encoded on its own (attention does not cross tiles), so the result differs from `encode`'s. Tiles of
-    one shape share one traced network under `lax.map`: at most (1 + tile / stride)² networks are compiled, whatever
+    one shape share one traced network under `lax.map`: at most (1 + ⌈tile / stride⌉)² networks compile, whatever
     the image's size. Memory: the activations of one tile, plus every tile's moments.
     """
     _check_image(x.shape, vae.config)
