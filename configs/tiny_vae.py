@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data = dict(size=64, workers=1)
     config.optimizer = dict(
-        name="adamw", learning_rate=2e-3, warmup=50, decay=0.3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0
+        name="muon", learning_rate=3e-3, warmup=50, decay=0.3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0
     )
     config.mesh = dict(data=-1)
     config.rules = {}

@@ -63,6 +63,23 @@ def param_shardings(abstract: Any, mesh: Mesh, rules=DEFAULT_RULES) -> Any:
     return jax.tree.map(place, specs, shapes, is_leaf=lambda s: isinstance(s, PartitionSpec) or s is None)
 
 
+def shardings_like(tree: Any, params: Any, shardings: Any, otherwise: NamedSharding) -> Any:
+    """Shardings of an optimizer state: a leaf that stands for a parameter (its path ends in the parameter's, its shape is
+    the same) goes where the parameter goes, any other leaf (counters, masked entries) to `otherwise`."""
+    placed = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
+    known = {path: (leaf.shape, sharding) for (path, leaf), sharding in placed}
+    depths = sorted({len(path) for path in known}, reverse=True)
+
+    def place(path, leaf):
+        for depth in depths:
+            shape, sharding = known.get(path[-depth:], (None, None)) if len(path) >= depth else (None, None)
+            if shape == leaf.shape:
+                return sharding
+        return otherwise
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding that keeps a whole copy on each device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -88,12 +88,12 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
     elif config.name == "muon":
 
         def matrices(params):
-            # The scanned blocks stack their kernels on axis 0; each slice is one matrix.
+            # A dense kernel is a matrix, a scanned one ([layers, in, out]) a stack of them, a convolution's
+            # ([rows, columns, in, out]) maps a whole patch.
             def dims(path, leaf):
-                named = jax.tree_util.keystr(path)
-                if "kernel" not in named or leaf.ndim not in (2, 3):
+                if "kernel" not in jax.tree_util.keystr(path) or leaf.ndim not in (2, 3, 4):
                     return None
-                return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+                return optax.contrib.MuonDimensionNumbers((0, 1, 2) if leaf.ndim == 4 else leaf.ndim - 2, leaf.ndim - 1)
 
             return jax.tree_util.tree_map_with_path(dims, params)
 
@@ -146,9 +146,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
     shardings = TrainState(
         step=whole,
         params=placed,
-        opt_state=optax.tree_utils.tree_map_params(
-            optimizer, lambda _, s: s, shapes.opt_state, placed, transform_non_params=lambda _: whole
-        ),
+        opt_state=parallel.shardings_like(shapes.opt_state, shapes.params, placed, whole),
         ema=placed,
     )
     frozen = jax.device_put(objective.frozen, whole)

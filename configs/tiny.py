@@ -1,0 +1,87 @@
+"""The bundled `tiny` model: RefineAnything on Qwen-Image-Edit's architecture, small enough for two CPU cores.
+
+    refine-jax train --config configs/tiny_vae.py --workdir runs/tiny_vae
+    refine-jax train --config configs/tiny.py --workdir runs/tiny --config.vae_from=runs/tiny_vae/model
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The resolved configuration."""
+    config = ml_collections.ConfigDict()
+    config.objective = "refine"
+    config.seed = 0
+    config.steps = 10_000
+    config.batch_size = 16
+    config.log_every = 20
+    config.save_every = 200
+    config.keep = 1
+    config.ema_decay = 0.999
+    config.vae_from = "runs/tiny_vae/model"
+    config.train_encoder = True
+    config.instruction_dropout = 0.1
+
+    config.model = dict(
+        mmdit=dict(
+            patch_size=2,
+            in_channels=64,
+            out_channels=16,
+            num_layers=6,
+            attention_head_dim=32,
+            num_attention_heads=6,
+            joint_attention_dim=128,
+            axes_dims_rope=(4, 14, 14),
+            zero_cond_t=True,
+        ),
+        vl=dict(
+            vision=dict(
+                depth=2,
+                hidden_size=64,
+                intermediate_size=128,
+                num_heads=2,
+                out_hidden_size=128,
+                window_size=56,
+                fullatt_block_indexes=(1,),
+            ),
+            text=dict(
+                vocab_size=264,
+                hidden_size=128,
+                intermediate_size=384,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                rope_theta=10000.0,
+                mrope_section=(4, 6, 6),
+            ),
+            image_token_id=262,
+        ),
+        scheduler=dict(
+            use_dynamic_shifting=True, base_shift=1.0986122886681098, max_shift=1.0986122886681098, max_image_seq_len=8192
+        ),
+        prompt=dict(
+            template="<|im_start|>{}<|im_end|>",
+            picture="{}<|vision_start|><|image_pad|><|vision_end|>",
+            drop_tokens=1,
+            max_tokens=1024,
+        ),
+        vae_area=64 * 64,
+        condition_area=56 * 56,
+        margin=24.0,
+        steps=8,
+        true_cfg_scale=1.0,
+        negative_prompt=" ",
+    )
+    # σ is drawn uniformly, then shifted like the sampler's (factor 3 there): most of the work is done at high noise.
+    config.sigma = dict(distribution="uniform", shift=2.0)
+    # The paper's radii are 16 pixels of a 1024-pixel crop, α = 9. A tiny crop is 32 to 128 pixels wide, and its letters are
+    # as thin as the band.
+    config.boundary = dict(r_out=2, r_in=2, alpha=1.0)
+
+    config.data = dict(buckets=((32, 96), (32, 128), (64, 64)), weights=(0.38, 0.28, 0.34), text_length=64, workers=1)
+    config.optimizer = dict(
+        name="muon", learning_rate=2e-3, warmup=100, decay=0.3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.01, clip=1.0
+    )
+    config.mesh = dict(data=-1)
+    config.rules = {}
+    return config
