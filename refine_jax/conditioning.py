@@ -83,7 +83,8 @@ def image_tokens(
 
 def _placed(grid: tuple[int, int], frame: jax.Array) -> jax.Array:
     """Positions of a grid of tokens in the frames `[B]`: `[B, rows·columns, 3] int32`."""
-    return jnp.asarray(image_positions([grid]))[None].at[..., 0].add(frame[:, None])
+    offset = jnp.stack([frame, jnp.zeros_like(frame), jnp.zeros_like(frame)], axis=-1)
+    return jnp.asarray(image_positions([grid])) + offset[:, None]
 
 
 def text_positions(start: jax.Array, length: int) -> jax.Array:

@@ -17,6 +17,7 @@ from refine_jax import checkpoint, conditioning, flow, losses, prompts
 from refine_jax.data import loader
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig, encode_images, encode_prompts, velocity
+from refine_jax.models.mmdit import stack_blocks
 from refine_jax.models.qwen_vae import QwenVAE, VAEConfig
 
 
@@ -147,7 +148,10 @@ def refine_objective(config: ml_collections.ConfigDict) -> Objective:
 
     def export(params: Any, frozen: Any, folder: Path) -> None:
         trees = {**frozen, **params}
-        checkpoint.save_model(folder, model.to_manifest(), trees)
+        scanned = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, scan=True, remat=None))
+        if not model.mmdit.scan:
+            trees["mmdit"] = stack_blocks(trees["mmdit"])
+        checkpoint.save_model(folder, scanned.to_manifest(), trees)
         model.byte_tokenizer(folder / "tokenizer")
 
     return Objective(init, frozen, loss, batches, export)

@@ -13,7 +13,7 @@ import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +50,20 @@ class Spec:
     report: Callable[[Any], None] | None = None
 
 
+class Refined(NamedTuple):
+    """What the program returns: pictures `[I, H, W, 3] uint8`; of each region the refined crop `[R, h, w, 3] uint8` at the
+    model's resolution and its normalised latents `[R, h', w', C] float32`."""
+
+    pictures: jax.Array
+    crops: jax.Array
+    latents: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("model", "spec"))
 def refine_program(
     variables: Mapping[str, Any], lora: Mapping[str, Any], inputs: Mapping[str, Any], *, model: ModelConfig, spec: Spec
-) -> tuple[jax.Array, jax.Array]:
-    """Refine R regions in I pictures: (pictures `[I, H, W, 3] uint8`, refined crops `[R, h, w, 3] uint8`).
+) -> Refined:
+    """Refine R regions in I pictures.
 
     inputs:
       pictures `[I, H, W, 3] uint8`: each in the top-left corner of its canvas; owner `[R] int32`: the picture of a region;
@@ -108,7 +117,8 @@ def refine_program(
 
     x = flow.pack_latents(inputs["noise"], model.mmdit.patch_size)
     x, _ = jax.lax.scan(step, x, jnp.arange(len(sigmas) - 1))
-    refined = decode_latents(model, variables, flow.unpack_latents(x, grid, model.mmdit.patch_size))
+    latents = flow.unpack_latents(x, grid, model.mmdit.patch_size)
+    refined = decode_latents(model, variables, latents)
 
     def paste(pictures: jax.Array, region: tuple) -> tuple[jax.Array, None]:
         owner, crop, box, mask = region
@@ -116,7 +126,7 @@ def refine_program(
 
     # The released code feathers the mask's grey values, not the binary mask that the model is shown.
     pictures, _ = jax.lax.scan(paste, inputs["pictures"], (inputs["owner"], refined, box, inputs["mask"]))
-    return pictures, refined.astype(jnp.uint8)
+    return Refined(pictures, refined.astype(jnp.uint8), latents)
 
 
 # -------------------------------------------------------------------------------------------------------------- the door
@@ -407,8 +417,8 @@ class Refiner:
             inputs["reference_box"] = np.array([[0, 0, r.shape[1], r.shape[0]] for r in given], np.int32)
             inputs["has_reference"] = np.array([m.reference is not None for m in padded])
         with self._progress.show(steps) if progress else contextlib.nullcontext():
-            results, _ = refine_program(self.variables, self.lora, inputs, model=self.model, spec=spec)
-            results = np.asarray(results)
+            refined = refine_program(self.variables, self.lora, inputs, model=self.model, spec=spec)
+            results = np.asarray(refined.pictures)
         for index, request in enumerate(owners):
             x1, y1, x2, y2 = windows[request]
             canvas = canvases[request].copy()

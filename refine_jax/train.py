@@ -181,7 +181,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
     # ------------------------------------------------------------------ the loop
     count = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes.params))
     bar = tqdm(total=config.steps, initial=first, unit="step", disable=not progress, desc=f"{count / 1e6:.2f}M")
-    scalars = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
+    history = workdir / "metrics.jsonl"
+    # What a killed run did after its last checkpoint is done again.
+    kept = [line for line in history.read_text().splitlines() if json.loads(line)["step"] <= first] if first else []
+    checkpoint.write_text(history, "".join(line + "\n" for line in kept))
+    scalars = open(history, "a", encoding="utf-8")
     started, waited, recent = time.perf_counter(), 0.0, []
 
     def log(step: int) -> None:

@@ -1,0 +1,197 @@
+"""diffusers' `QwenImageEditPlusPipeline` from small random parts, offline, with the released geometry around it."""
+
+import contextlib
+import math
+from unittest import mock
+
+import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as edit_plus
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
+)
+from PIL import Image, ImageFilter
+from reference_utils import numpy_state, randomise
+from transformers import AutoTokenizer, BatchFeature, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from refine_jax.prompts import IMAGE_TOKEN, SPECIAL_TOKENS, byte_tokenizer
+
+SCHEDULER = dict(  # the released one: μ = log 3 whatever the size
+    base_shift=math.log(3),
+    max_shift=math.log(3),
+    base_image_seq_len=256,
+    max_image_seq_len=8192,
+    use_dynamic_shifting=True,
+    time_shift_type="exponential",
+)
+
+
+class Processor:
+    """`Qwen2VLProcessor`, which itself wants torchvision: image placeholders expanded, then tokens and patches."""
+
+    def __init__(self, tokenizer, merge: int = 2):
+        self.tokenizer, self.images, self.merge = tokenizer, Qwen2VLImageProcessorPil(), merge
+
+    def __call__(self, text, images, padding=True, return_tensors="pt"):
+        out = self.images(images=images, return_tensors=return_tensors)
+        (text,) = text
+        before, *after = text.split(IMAGE_TOKEN)
+        for (_, rows, columns), part in zip(out["image_grid_thw"].tolist(), after, strict=True):
+            before += IMAGE_TOKEN * (rows * columns // self.merge**2) + part
+        return BatchFeature({**self.tokenizer([before], padding=padding, return_tensors=return_tensors), **out})
+
+
+class Encoder(Qwen2_5_VLForConditionalGeneration):
+    """diffusers passes no token types, and without them transformers 5 falls back to plain positions; the released
+    model was trained, and is run by earlier versions, with multimodal ones."""
+
+    def forward(self, input_ids=None, **inputs):
+        kinds = (input_ids == self.config.image_token_id).long()
+        return super().forward(input_ids=input_ids, mm_token_type_ids=kinds, **inputs)
+
+
+def tiny_pipeline(folder, seed: int, *, zero_cond_t: bool = True, z: int = 4) -> QwenImageEditPlusPipeline:
+    """A pipeline whose every weight is random and non-trivial; `folder` receives its tokenizer."""
+    byte_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    encoder = Encoder(
+        Qwen2_5_VLConfig(
+            text_config=dict(
+                hidden_size=32,
+                intermediate_size=40,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                vocab_size=len(tokenizer),
+                rms_norm_eps=1e-6,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+            ),
+            vision_config=dict(
+                depth=2,
+                hidden_size=32,
+                intermediate_size=36,
+                num_heads=2,
+                out_hidden_size=32,
+                window_size=56,
+                fullatt_block_indexes=[1],
+            ),
+            image_token_id=ids["<|image_pad|>"],
+            video_token_id=ids["<|video_pad|>"],
+            vision_start_token_id=ids["<|vision_start|>"],
+            vision_end_token_id=ids["<|vision_end|>"],
+        )
+    )
+    transformer = QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4 * z,
+        out_channels=z,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6),
+        zero_cond_t=zero_cond_t,
+    )
+    rng = np.random.default_rng(seed)
+    vae = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=z,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=rng.normal(0, 0.3, z).tolist(),
+        latents_std=rng.uniform(0.7, 1.5, z).tolist(),
+    )
+    for k, part in enumerate((encoder, transformer, vae)):
+        randomise(part, seed + k)
+    pipe = QwenImageEditPlusPipeline(
+        FlowMatchEulerDiscreteScheduler(**SCHEDULER), vae, encoder, tokenizer, Processor(tokenizer), transformer
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def parts_of(pipe) -> tuple[dict, dict]:
+    """(configurations, tensors) of a pipeline's sub-folders, as `convert.diffusers_folder` takes them."""
+    networks = {"transformer": pipe.transformer, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
+    configs = {name: part.config.to_dict() if name == "text_encoder" else dict(part.config) for name, part in networks.items()}
+    return {**configs, "scheduler": dict(pipe.scheduler.config)}, {n: numpy_state(p) for n, p in networks.items()}
+
+
+@contextlib.contextmanager
+def rows_last():
+    """Within it Pillow resizes the rows' direction (x) first, as every version up to 12.1 did.
+
+    Newer ones begin with y where the height shrinks more than the width; with 8-bit values in between, single grey
+    levels then differ. The released numbers come from the older order, and ours is always that one.
+    """
+    resize = Image.Image.resize
+
+    def in_two_steps(image, size, resample=None, box=None, reducing_gap=None):
+        assert box is None
+        return resize(resize(image, (size[0], image.height), resample), size, resample)
+
+    with mock.patch.object(Image.Image, "resize", in_two_steps):
+        yield
+
+
+def released_refine(
+    pipe,
+    image: Image.Image,
+    mask: Image.Image,
+    prompt: str,
+    reference: Image.Image | None = None,
+    *,
+    vae_area: int,
+    condition_area: int,
+    steps: int,
+    true_cfg_scale: float,
+    negative_prompt: str | None,
+    noise: np.ndarray,
+    focus: bool,
+) -> Image.Image:
+    """What the released code does between an RGB image and its result; `noise` [h, w, C] is the target's latent."""
+    width, height = image.size
+    box = (0, 0, width, height)
+    if focus:
+        scale = math.sqrt(1024 * 1024 / (width * height))
+        ys, xs = np.nonzero(np.asarray(mask))
+        near = [math.floor(max(0.0, v * scale - 64) / scale) for v in (xs.min(), ys.min())]
+        far = [
+            math.ceil(min(side * scale, (v + 1) * scale + 64) / scale)
+            for v, side in ((xs.max(), width), (ys.max(), height))
+        ]
+        box = (*near, min(width, far[0]), min(height, far[1]))
+    crop, crop_mask = image.crop(box), mask.crop(box)
+    shown = crop_mask.point(lambda v: 255 if v else 0).convert("RGB")
+    out_width, out_height = edit_plus.calculate_dimensions(vae_area, crop.width / crop.height)
+    h, w, c = noise.shape
+    packed = noise.reshape(h // 2, 2, w // 2, 2, c).transpose(0, 2, 4, 1, 3).reshape(1, h * w // 4, 4 * c)
+    with (
+        mock.patch.multiple(edit_plus, VAE_IMAGE_SIZE=vae_area, CONDITION_IMAGE_SIZE=condition_area),
+        rows_last(),
+        torch.no_grad(),
+    ):
+        made = pipe(
+            image=[crop, shown] if reference is None else [crop, reference, shown],
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            true_cfg_scale=true_cfg_scale,
+            num_inference_steps=steps,
+            height=out_height,
+            width=out_width,
+            latents=torch.from_numpy(packed),
+        ).images[0]
+        assert made.size == (out_width, out_height)
+        made = made.resize(crop.size, Image.Resampling.BICUBIC)
+    soft = crop_mask.filter(ImageFilter.MaxFilter(7)).filter(ImageFilter.GaussianBlur(5))
+    alpha = np.asarray(soft, np.float32)[..., None] / 255
+    mixed = np.asarray(made, np.float32) * alpha + np.asarray(crop, np.float32) * (1 - alpha)
+    result = image.copy()
+    result.paste(Image.fromarray(np.clip(np.floor(mixed + 0.5), 0, 255).astype(np.uint8)), box[:2])
+    return result
