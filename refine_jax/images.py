@@ -1,15 +1,16 @@
 """Reading and writing picture files: what a user hands in becomes sRGB `[H, W, 3] uint8`, and comes back as it was.
 
 Everything that depends on file formats lives here: EXIF rotation, embedded colour profiles, alpha, palettes, CMYK,
-16-bit greys, decompression bombs, damaged files.
+16-bit greys, animations (the first frame counts), decompression bombs, damaged files.
 """
 
 import dataclasses
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -17,18 +18,36 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from refine_jax.errors import RefineError
 
 MAX_PIXELS = 100_000_000
-MAX_SIDE = 16_384
+MAX_SIDE = 16_383  # of a WebP file
+
+# What cameras, browsers and paint programs write. Pillow knows more, and some of those start other programs (EPS) or
+# take nearly any bytes for a picture (TGA).
+READABLE = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "DIB", "GIF", "JPEG2000", "AVIF", "PPM", "ICO", "QOI", "PSD")
+WRITABLE = {
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".bmp": "BMP",
+}
 
 ImageLike = Image.Image | np.ndarray | str | os.PathLike
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A decoded picture. rgb `[H, W, 3] uint8` in sRGB; alpha `[H, W] uint8` or None; name for messages."""
+    """A decoded picture.
+
+    rgb `[H, W, 3] uint8` in sRGB; alpha `[H, W] uint8` or None; name for messages; grey: it came without colour (then
+    the three channels of rgb are equal).
+    """
 
     rgb: np.ndarray
     alpha: np.ndarray | None
     name: str
+    grey: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -36,39 +55,32 @@ class Picture:
         return self.rgb.shape[1], self.rgb.shape[0]
 
     def with_rgb(self, rgb: np.ndarray) -> Image.Image:
-        """`rgb` ([H, W, 3] uint8) as a PIL image, with this picture's alpha carried over."""
-        if self.alpha is None:
-            return Image.fromarray(np.ascontiguousarray(rgb))
-        return Image.fromarray(np.dstack([rgb, self.alpha]))
+        """`rgb` ([H, W, 3] uint8) as a PIL image of this picture's kind: "RGB", "RGBA", "L" or "LA".
+
+        Alpha is carried over bit for bit. Of a grey picture the luma (ITU-R 601) is kept, which of three equal channels
+        is their value, so that unchanged pixels stay as they were. What had a palette or CMYK comes back as RGB.
+        """
+        image = Image.fromarray(np.ascontiguousarray(rgb))
+        if self.grey:
+            image = image.convert("L")
+        if self.alpha is not None:
+            image.putalpha(Image.fromarray(self.alpha))
+        return image
 
 
-def _open(source: ImageLike, name: str) -> tuple[Image.Image, str]:
-    """The decoded PIL image of a path, PIL image or array, and its name for messages."""
-    if isinstance(source, Image.Image):
-        return source, name
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
-            raise RefineError(
-                f"{name}: array of shape {source.shape} and dtype {source.dtype}; give [H, W, 3], [H, W, 4] or [H, W] uint8"
-            )
-        if 0 in source.shape:
-            raise RefineError(f"{name}: array of shape {source.shape} holds no pixel; give a picture of at least 1x1")
-        return Image.fromarray(source), name
-    if not isinstance(source, (str, os.PathLike)):
-        raise RefineError(f"{name}: cannot read a {type(source).__name__}; give a path, a PIL image or a uint8 array")
-    path = Path(source)
-    name = f"{name} {os.fspath(source)!r}"
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def _decoded(make: Callable[[], Any], name: str) -> Any:
+    """The result of `make`, with whatever a decoder may raise as one line that names the picture."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                _check_size(image, name)
-                image.load()
-                return image, name
+            warnings.simplefilter("ignore")  # about doubtful metadata: the picture is there or it is not
+            return make()
     except RefineError:
         raise
     except FileNotFoundError:
-        raise RefineError(f"{name}: no such file") from None
+        raise RefineError(f"{name}: no such file; check the path") from None
     except IsADirectoryError:
         raise RefineError(f"{name}: is a folder; give a picture file") from None
     except PermissionError:
@@ -77,8 +89,49 @@ def _open(source: ImageLike, name: str) -> tuple[Image.Image, str]:
         raise RefineError(f"{name}: not a picture that can be read; give PNG, JPEG, WebP, TIFF or similar") from None
     except Image.DecompressionBombError:
         raise RefineError(f"{name}: declares more than {MAX_PIXELS:,} pixels; scale it down first") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, OverflowError, IndexError, TypeError) as error:
-        raise RefineError(f"{name}: damaged or truncated ({error}); export it again") from None
+    except Exception as error:  # decoders of damaged files raise nearly anything: struct.error, zlib.error, KeyError, …
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RefineError(f"{name}: damaged or truncated ({reason}); export it again") from None
+
+
+def _open(source: ImageLike, name: str) -> tuple[Image.Image, str]:
+    """The decoded upright PIL image of a path, PIL image or array, and its name for messages."""
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
+            raise RefineError(
+                f"{name}: array of shape {source.shape} and dtype {source.dtype}; "
+                "give [H, W, 3], [H, W, 4] or [H, W] uint8"
+            )
+        if 0 in source.shape:
+            raise RefineError(f"{name}: array of shape {source.shape} holds no pixel; give a picture of at least 1x1")
+        image = Image.fromarray(np.ascontiguousarray(source))
+        _check_size(image, name)
+        return image, name
+    if not isinstance(source, (str, os.PathLike, Image.Image)):
+        raise RefineError(f"{name}: cannot read a {type(source).__name__}; give a path, a PIL image or a uint8 array")
+
+    def load() -> Image.Image:
+        if isinstance(source, Image.Image):
+            _check_size(source, name)
+            source.load()
+            return _upright(source)
+        Image.init()
+        with Image.open(source, formats=[kind for kind in READABLE if kind in Image.OPEN]) as image:
+            _check_size(image, name)
+            image.load()
+            return _upright(image)
+
+    if not isinstance(source, Image.Image):
+        name = f"{name} {os.fspath(source)!r}"
+    return _decoded(load, name), name
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; damaged EXIF data says nothing."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the EXIF reader raises nearly anything too
+        return image.copy()
 
 
 def _check_size(image: Image.Image, name: str) -> None:
@@ -86,130 +139,189 @@ def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise RefineError(
-            f"{name}: {width}x{height} pixels, more than {MAX_PIXELS:,} in all or {MAX_SIDE:,} a side; scale it down first"
+            f"{name}: {width}x{height} pixels, more than {MAX_PIXELS:,} in all or {MAX_SIDE:,} a side; "
+            "scale it down first"
         )
     if width < 1 or height < 1:
-        raise RefineError(f"{name}: {width}x{height} holds no pixel")
+        raise RefineError(f"{name}: {width}x{height} holds no pixel; give a picture of at least 1x1")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Sixteen-bit, 32-bit and float greys scaled to 8 bits; every other mode unchanged."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode == "I":
+    """Sixteen-bit, 32-bit and float greys as 8 bits ("L"); every other mode unchanged.
+
+    Of integers the high bits are kept, by what the greatest value needs; floats are 0…1 or 0…255, also by the greatest.
+    """
+    if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip(values >> 8 if values.max(initial=0) > 255 else values, 0, 255).astype(np.uint8))
-    if image.mode == "F":
+        most = values.max(initial=0)
+        shift = 8 if image.mode.startswith("I;16") or 255 < most < 65_536 else 0 if most < 256 else 23
+        values = np.clip(values >> shift, 0, 255)
+    elif image.mode == "F":
         values = np.nan_to_num(np.asarray(image), nan=0.0, posinf=255.0, neginf=0.0)
-        scale = 255.0 if values.max(initial=0.0) <= 1.0 else 1.0
-        return Image.fromarray(np.clip(values * scale + 0.5, 0, 255).astype(np.uint8))
-    return image
+        values = np.clip(values * (255.0 if values.max(initial=0.0) <= 1.0 else 1.0) + 0.5, 0, 255)
+    else:
+        return image
+    grey = Image.fromarray(values.astype(np.uint8))
+    if "icc_profile" in image.info:
+        grey.info["icc_profile"] = image.info["icc_profile"]
+    return grey
 
 
-def _srgb(image: Image.Image) -> Image.Image:
-    """Through the embedded profile to sRGB, as the released code does; a broken profile is ignored, as there."""
-    profile = image.info.get("icc_profile")
-    if profile and image.mode in ("RGB", "CMYK", "L", "LAB"):
+def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """An "RGB", "L", "CMYK" or "LAB" image through its profile to sRGB; a broken or foreign profile is ignored."""
+    if profile is None and image.mode == "LAB":
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            return converted.convert("L") if image.mode == "L" else converted
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             pass
-    return image.convert("RGB")
+    return image if image.mode == "L" else image.convert("RGB")
 
 
 def read_picture(source: ImageLike, name: str = "image") -> Picture:
     """A path, PIL image or uint8 array as sRGB pixels, upright.
 
-    EXIF rotation is applied, an embedded ICC profile converted to sRGB, alpha kept aside; palettes, greys, 16 bits and
-    CMYK become RGB. Raises `RefineError` for what cannot be read or is larger than `MAX_PIXELS`.
+    EXIF rotation is applied, an embedded ICC profile converted to sRGB, alpha (also a palette's, or a transparent
+    colour) kept aside; palettes and CMYK become RGB, 16-bit greys 8 bits; an animation gives its first frame. Raises
+    `RefineError` for what cannot be read or is larger than `MAX_PIXELS` or `MAX_SIDE`.
     """
     image, name = _open(source, name)
-    _check_size(image, name)
-    try:
-        image = _eight_bits(ImageOps.exif_transpose(image))
-        profile = image.info.get("icc_profile")
+
+    def convert() -> Picture:
+        picture = _eight_bits(image)
+        profile = picture.info.get("icc_profile")
+        grey = picture.mode in ("1", "L", "LA", "La")
         alpha = None
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            alpha = np.asarray(image.getchannel("A"))
-            image = image.convert("RGB")
-            if profile:
-                image.info["icc_profile"] = profile
-        rgb = np.asarray(_srgb(image))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise RefineError(f"{name}: damaged or of an unknown kind ({error}); export it again") from None
-    return Picture(rgb, alpha, name)
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            alpha = np.asarray(picture.getchannel("A"))
+            picture = picture.convert("RGB")
+        if grey:
+            picture = picture.convert("L")
+        elif picture.mode not in ("CMYK", "LAB"):
+            picture = picture.convert("RGB")
+        return Picture(np.asarray(_srgb(picture, profile).convert("RGB")), alpha, name, grey)
+
+    return _decoded(convert, name)
 
 
 def read_mask(source: ImageLike, size: tuple[int, int], name: str = "mask") -> np.ndarray:
-    """A mask as `[H, W] uint8`, 255 where the picture is to be refined; `size` is the picture's (width, height).
+    """A mask as `[H, W] uint8`, non-zero where the picture is to be refined; `size` is the picture's (width, height).
 
-    Any non-zero grey counts, as in the released code; a mask with alpha and no other information counts by its alpha.
-    A mask of another size is resized to the nearest pixel. Raises `RefineError` when nothing is marked.
+    Any non-zero grey counts, as in the released code, and softens the blending there; a mask whose greatest value is
+    less than 255 (0 and 1, a dark colour) is scaled up to it. Alpha counts as opacity: what is painted on a transparent
+    sheet is the region, in whatever colour. Of arrays `[H, W]` every dtype counts, zero or not.
+
+    A mask lies on the upright picture: one of another size is resized to the nearest pixel, and only its own EXIF
+    rotation is applied to it. Raises `RefineError` when nothing is marked.
     """
+    if isinstance(source, np.ndarray) and source.ndim == 2 and source.dtype != np.uint8:
+        if source.dtype.kind not in "biuf" or not np.isfinite(source).all():
+            raise RefineError(
+                f"{name}: array of {source.dtype} with values that are no numbers; give [H, W] uint8 or bool"
+            )
+        source = np.where(source != 0, np.uint8(255), np.uint8(0))
     image, name = _open(source, name)
-    _check_size(image, name)
-    image = _eight_bits(ImageOps.exif_transpose(image))
-    if image.mode in ("LA", "RGBA", "PA"):
-        rgba = image.convert("RGBA")
-        grey, alpha = rgba.convert("L"), rgba.getchannel("A")
-        if np.asarray(alpha).min() < 255:
-            shown = np.where(np.asarray(alpha) > 0, np.asarray(grey), 0).astype(np.uint8)
-            image = alpha if not shown.any() or np.unique(np.asarray(grey)).size == 1 else Image.fromarray(shown)
-        else:
-            image = grey
-    else:
-        image = image.convert("L")
-    if image.size != size:
-        image = image.resize(size, Image.Resampling.NEAREST)
-    mask = np.where(np.asarray(image) > 0, 255, 0).astype(np.uint8)
+    mask = _decoded(lambda: _painted(_eight_bits(image)), name)
     if not mask.any():
         raise RefineError(f"{name}: the mask is empty; paint the region to refine in white")
-    return mask
+    if image.size != size:
+        mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+        if not mask.any():
+            raise RefineError(
+                f"{name}: the mask of {image.width}x{image.height} is empty at the picture's {size[0]}x{size[1]}; "
+                "paint more"
+            )
+    most = int(mask.max())
+    return mask if most == 255 else ((mask.astype(np.uint16) * 255 + most - 1) // most).astype(np.uint8)
+
+
+def _painted(image: Image.Image) -> np.ndarray:
+    """Grey times opacity `[H, W] uint8`, rounded up; the opacity itself where every visible pixel is black."""
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB" if image.mode in ("P", "CMYK") else "L").convert("L"))
+    image = image.convert("RGBA")
+    grey, alpha = np.asarray(image.convert("L"), np.uint16), np.asarray(image.getchannel("A"))
+    shown = (grey * alpha + 254) // 255
+    return (alpha if alpha.min() < 255 and not shown.any() else shown).astype(np.uint8)
 
 
 def box_mask(box: Sequence[float], size: tuple[int, int], name: str = "box") -> np.ndarray:
-    """The mask of a box (x1, y1, x2, y2), half-open, in a picture of `size` (width, height): `[H, W] uint8`."""
+    """The mask of a box (x1, y1, x2, y2), half-open, in a picture of `size` (width, height): `[H, W] uint8`, 0 or 255.
+
+    Raises `RefineError` for anything but four whole numbers, for an empty box and for one that leaves the picture.
+    """
     width, height = size
     try:
         values = [float(v) for v in box]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         values = []
-    if len(values) != 4 or any(v != int(v) if np.isfinite(v) else True for v in values):
+    if len(values) != 4 or not all(v.is_integer() for v in values):
         raise RefineError(f"{name} {box!r}: give four whole numbers x1,y1,x2,y2")
     x1, y1, x2, y2 = (int(v) for v in values)
     if x1 >= x2 or y1 >= y2:
         raise RefineError(f"{name} {x1},{y1},{x2},{y2}: is empty; give x1 < x2 and y1 < y2")
     if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
-        raise RefineError(f"{name} {x1},{y1},{x2},{y2}: outside the picture of {width}x{height}; clip it to 0,0,{width},{height}")
+        raise RefineError(
+            f"{name} {x1},{y1},{x2},{y2}: outside the picture of {width}x{height}; clip it to 0,0,{width},{height}"
+        )
     mask = np.zeros((height, width), np.uint8)
     mask[y1:y2, x1:x2] = 255
     return mask
 
 
-def save_picture(image: Image.Image, path: str | os.PathLike) -> None:
-    """Write `image` aside, then rename. The suffix chooses the format; PNG and WebP are lossless here.
+# ------------------------------------------------------------------------------------------------------------- writing
 
-    Raises `RefineError` for an unknown suffix, a missing folder or a picture with alpha in a format without it.
+
+def check_output(path: str | os.PathLike, alpha: bool = False, name: str = "output") -> None:
+    """Raise `RefineError`, before any work is done, where `save_picture` would not be able to write `path`.
+
+    That is: an unknown suffix, a folder that is missing or read-only, a folder of that name, a protected file, a format
+    that cannot keep the picture's `alpha`.
     """
-    path = Path(path)
-    kinds = {".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP"}
-    kind = kinds.get(path.suffix.lower())
+    path, label = Path(path), f"{name} {os.fspath(path)!r}"
+    kind = WRITABLE.get(path.suffix.lower())
     if kind is None:
-        raise RefineError(f"--output {str(path)!r}: unknown suffix; use one of {', '.join(kinds)} (PNG keeps every pixel)")
-    if not path.absolute().parent.is_dir():
-        raise RefineError(f"--output {str(path)!r}: its folder does not exist; create it first")
-    if path.is_dir():
-        raise RefineError(f"--output {str(path)!r}: is a folder; give a file name")
-    if kind in ("JPEG", "BMP") and image.mode == "RGBA":
-        raise RefineError(f"--output {str(path)!r}: {kind} cannot keep the picture's alpha; write PNG, WebP or TIFF")
-    options = {"PNG": {}, "WEBP": {"lossless": True, "exact": True}, "JPEG": {"quality": 95, "subsampling": 0}}.get(kind, {})
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        raise RefineError(f"{label}: unknown suffix; use one of {', '.join(WRITABLE)} (.png keeps every pixel)")
+    if os.path.isdir(path):
+        raise RefineError(f"{label}: is a folder; give a file name")
+    if not os.path.isdir(path.absolute().parent):
+        raise RefineError(f"{label}: its folder does not exist; create it first")
+    if alpha and kind in ("JPEG", "BMP"):
+        raise RefineError(f"{label}: {kind} cannot keep the picture's alpha; write .png, .webp or .tif")
+    if os.path.exists(path) and not os.access(path, os.W_OK):
+        raise RefineError(f"{label}: is write-protected; give another name")
+    try:  # rights alone do not tell: a disk may be read-only, a name too long
+        aside = _aside(path)
+        aside.touch()
+        aside.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RefineError(f"{label}: cannot be written ({reason}); give another place") from None
+
+
+def save_picture(image: Image.Image, path: str | os.PathLike, name: str = "output") -> None:
+    """Write `image` aside, then rename: nobody sees half a file. The suffix chooses the format; only JPEG loses detail.
+
+    Raises `RefineError` as `check_output` does, and when the disk is full.
+    """
+    check_output(path, image.has_transparency_data, name)
+    path = Path(path)
+    options = {"WEBP": {"lossless": True, "exact": True}, "JPEG": {"quality": 95, "subsampling": 0}}
+    kind, aside = WRITABLE[path.suffix.lower()], _aside(path)
     try:
-        image.save(aside, format=kind, **options)
-        os.replace(aside, path)
-    except OSError as error:
-        raise RefineError(f"--output {str(path)!r}: cannot be written ({error})") from None
+        image.save(aside, format=kind, **options.get(kind, {}))
+        os.replace(aside, os.path.realpath(path))
+    except (OSError, ValueError) as error:
+        raise RefineError(f"{name} {os.fspath(path)!r}: cannot be written ({error}); give another place") from None
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    """A hidden name beside the file that `path` leads to, so that renaming stays on one disk."""
+    path = Path(os.path.realpath(path))
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
