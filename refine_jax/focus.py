@@ -9,9 +9,9 @@ runs on the host, in float64.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import jax
@@ -157,17 +157,107 @@ def _axis_weights(in_size, out_size, source, target, within, method, antialias) 
     return jnp.where(((index >= t0) & (index < t1))[:, None], weights, 0.0).astype(jnp.float32)
 
 
-def _contract(spec: str, weights: jax.Array, image: jax.Array, quantize: bool) -> jax.Array:
-    """One pass. `quantize`: in Pillow's fixed point, weights with 22 fractional bits, rounded to 8 bits at the end."""
-    product = partial(jnp.einsum, spec, precision=lax.Precision.HIGHEST)  # a TPU would otherwise multiply in bfloat16
-    if not quantize:
-        return product(weights, image)
+# Numbers of about 35 bits as pairs (value, rest) of float32. Every product whose rounding would matter is of two halves
+# of the digits, so exact: a compiler may then fuse it into the addition that follows, or not.
+
+
+def _sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """a + b (Knuth's two-sum)."""
+    total = a + b
+    rest = total - a
+    return total, (a - (total - rest)) + (b - rest)
+
+
+def _product(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """a·b."""
+    (a1, a2), (b1, b2) = ((head, v - head) for v in (a, b) for head in [lax.reduce_precision(v, 8, 11)])
+    return a1 * b1, a1 * b2 + a2 * b1 + a2 * b2
+
+
+def _quotient(a: jax.Array, a_rest: jax.Array, b: jax.Array, b_rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(a + a_rest) / (b + b_rest)."""
+    quotient = a / b
+    product, rest = _product(quotient, b)
+    return quotient, (((a - product) - rest) + a_rest - quotient * b_rest) / b
+
+
+def _polynomial(coefficients: np.ndarray, x: jax.Array, x_rest: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Horner's scheme at x + x_rest, where x is the rounded sum; `coefficients` in float64, the constant first."""
+    high = coefficients.astype(np.float32)
+    low = (coefficients - high).astype(np.float32)
+    value, rest = jnp.full_like(x, high[-1]), jnp.full_like(x, low[-1])
+    for c, c_rest in zip(high[-2::-1], low[-2::-1]):
+        product, lost = _product(value, x)
+        rest = rest * x + value * x_rest + (lost + c_rest)
+        value, lost = _sum(product, jnp.full_like(x, c))
+        rest = rest + lost
+    return value, rest
+
+
+@functools.cache
+def _kernel_polynomials(method: str) -> tuple[np.ndarray, ...]:
+    """A kernel over |x| as polynomials; for "lanczos" one, in x² - 4.5, off by 6e-12 at most."""
+    if method == "bilinear":
+        return (np.array([1.0, -1.0]),)
+    if method == "bicubic":  # below 1, and from 1 to 2
+        return np.array([1.0, 0.0, -2.5, 1.5]), np.array([2.0, -4.0, 2.5, -0.5])
+    kernel = lambda t: np.sinc(np.sqrt(4.5 * (t + 1.0))) * np.sinc(np.sqrt(4.5 * (t + 1.0)) / 3.0)
+    scaled = np.polynomial.chebyshev.cheb2poly(np.polynomial.chebyshev.chebinterpolate(kernel, 14))
+    return (scaled / 4.5 ** np.arange(15),)
+
+
+def _fixed_weights(in_size, out_size, source, target, within, method) -> jax.Array:
+    """The weights of `_axis_weights` between integer edges, times 2^22 and rounded: whole numbers, in float32.
+
+    Pillow rounds weights that it has in float64; to round as it does takes more digits than one float32 has.
+    """
+    (s0, s1), (t0, t1), (low, high) = source, target, within
+    index, pixel = jnp.arange(out_size, dtype=jnp.int32), jnp.arange(in_size, dtype=jnp.int32)
+    place, count, length = index - t0, jnp.maximum(t1 - t0, 1), s1 - s0
+    # The distance in (scaled) source pixels is a fraction of integers.
+    numerator = jnp.abs((2 * (pixel - s0) + 1)[None, :] * count - ((2 * place + 1) * length)[:, None])
+    denominator = 2 * jnp.maximum(length, count)
+    support = {"bilinear": 1, "bicubic": 2, "lanczos": 3}[method]
+    inside = numerator < support * denominator
+    zero = jnp.float32(0)
+    x, x_rest = _quotient(
+        jnp.where(inside, numerator, 0).astype(jnp.float32), zero, denominator.astype(jnp.float32), zero
+    )
+    near, *far = _kernel_polynomials(method)
+    if method == "lanczos":
+        square, lost = _product(x, x)
+        shifted, shifted_lost = _sum(square, jnp.float32(-4.5))
+        value, rest = _polynomial(near, *_sum(shifted, shifted_lost + (lost + 2.0 * x * x_rest)))
+    else:
+        value, rest = _polynomial(near, x, x_rest)
+        for beyond in far:
+            parts = zip((value, rest), _polynomial(beyond, x, x_rest))
+            value, rest = (jnp.where(x < 1.0, a, b) for a, b in parts)
+    inside &= (pixel >= low) & (pixel < high)
+    value, rest = jnp.where(inside, value, 0.0), jnp.where(inside, rest, 0.0)
+    # Heads of 11 binary places add up exactly in float32.
+    head = jnp.round(value * 2.0**11) * 2.0**-11
+    tails = jnp.sum((value - head) + rest, axis=1, keepdims=True)
+    total, total_rest = _sum(jnp.sum(head, axis=1, keepdims=True), tails)
+    value, rest = _quotient(value, rest, jnp.where(total == 0.0, 1.0, total), total_rest)
+    value, rest = value * 2.0**22, rest * 2.0**22
+    whole = jnp.round(value)
+    fixed = whole + jnp.round((value - whole) + rest)
+    return jnp.where(((index >= t0) & (index < t1))[:, None], fixed, 0.0)
+
+
+def _contract(spec: str, weights: jax.Array, image: jax.Array) -> jax.Array:
+    # A TPU would otherwise multiply in bfloat16.
+    return jnp.einsum(spec, weights, image, precision=lax.Precision.HIGHEST)
+
+
+def _contract_fixed(spec: str, fixed: jax.Array, image: jax.Array) -> jax.Array:
+    """One pass in Pillow's fixed point: weights with 22 fractional bits, rounded to 8 bits at the end."""
     # Two halves of the weights, so that all sums are integers below 2^24 (up to 64 taps) and exact in float32: whatever
     # the order of summation, so whatever the size of the canvas.
-    fixed = jnp.round(weights * 2.0**22)
     high = jnp.round(fixed * 2.0**-11)
     low = fixed - high * 2.0**11
-    total = (product(high, image).astype(jnp.int32) << 11) + product(low, image).astype(jnp.int32)
+    total = (_contract(spec, high, image).astype(jnp.int32) << 11) + _contract(spec, low, image).astype(jnp.int32)
     return jnp.clip((total + (1 << 21)) >> 22, 0, 255).astype(jnp.float32)
 
 
@@ -178,10 +268,18 @@ def _resample(image, size, source, target, within, method, antialias, quantize) 
     image = jnp.asarray(image[..., None] if flat else image, jnp.float32)
     if quantize:
         image = jnp.clip(jnp.round(image), 0.0, 255.0)
+    whole = all(jnp.issubdtype(jnp.result_type(edge), jnp.integer) for edge in (*source, *target))
+    exact = quantize and antialias and whole and method in ("bilinear", "bicubic", "lanczos")
     for spec, axis, i in (("ow,hwc->hoc", 1, 0), ("oh,hwc->owc", 0, 1)):  # x, then y
         edges = [(part[i], part[i + 2]) for part in (source, target, within)]
+        if exact:
+            image = _contract_fixed(spec, _fixed_weights(image.shape[axis], size[axis], *edges, method), image)
+            continue
         weights = _axis_weights(image.shape[axis], size[axis], *edges, method, antialias)
-        image = _contract(spec, weights, image, quantize)
+        if quantize:
+            image = _contract_fixed(spec, jnp.round(weights * 2.0**22), image)
+        else:
+            image = _contract(spec, weights, image)
     return image[..., 0] if flat else image
 
 

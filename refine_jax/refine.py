@@ -51,8 +51,8 @@ class Spec:
 
 
 class Refined(NamedTuple):
-    """What the program returns: pictures `[I, H, W, 3] uint8`; of each region the refined crop `[R, h, w, 3] uint8` at the
-    model's resolution and its normalised latents `[R, h', w', C] float32`."""
+    """What the program returns: pictures `[I, H, W, 3] uint8`; of each region the crop `[R, h, w, 3] uint8` as it was
+    generated, and its normalised latents `[R, h', w', C] float32`."""
 
     pictures: jax.Array
     crops: jax.Array
@@ -78,13 +78,12 @@ def refine_program(
     """
     picture = inputs["pictures"][inputs["owner"]]
     marked = jnp.where(inputs["mask"] > 0, jnp.uint8(255), jnp.uint8(0))
+    # X = [focus crop, reference, mask crop], for the VAE and for the encoder. Crop and mask are resampled together.
     look = lambda image, box, sizes: jax.vmap(lambda i, b: conditioning.view(i, b, sizes))(image, box)
+    split = lambda both: [both[..., :3], jnp.repeat(both[..., 3:], 3, axis=-1)]
     box = inputs["box"]
-    grey = lambda sizes: jnp.repeat(look(marked[..., None], box, sizes), 3, axis=-1)
-
-    # X = [focus crop, reference, mask crop], once for the VAE and once for the encoder.
-    seen = [look(picture, box, (spec.crop,)), grey((spec.crop,))]
-    read = [look(picture, box, spec.crop_views), grey(spec.crop_views)]
+    both = jnp.concatenate([picture, marked[..., None]], axis=-1)
+    seen, read = split(look(both, box, (spec.crop,))), split(look(both, box, spec.crop_views))
     present = [None, None]
     if spec.reference is not None:
         reference, reference_box = inputs["reference"], inputs["reference_box"]

@@ -101,9 +101,9 @@ def tiny_pipeline(folder, seed: int, *, zero_cond_t: bool = True, z: int = 4) ->
     vae = AutoencoderKLQwenImage(
         base_dim=8,
         z_dim=z,
-        dim_mult=[1, 2, 2],
+        dim_mult=[1, 2],
         num_res_blocks=1,
-        temperal_downsample=[False, True],
+        temperal_downsample=[True],
         latents_mean=rng.normal(0, 0.3, z).tolist(),
         latents_std=rng.uniform(0.7, 1.5, z).tolist(),
     )
@@ -119,8 +119,9 @@ def tiny_pipeline(folder, seed: int, *, zero_cond_t: bool = True, z: int = 4) ->
 def parts_of(pipe) -> tuple[dict, dict]:
     """(configurations, tensors) of a pipeline's sub-folders, as `convert.diffusers_folder` takes them."""
     networks = {"transformer": pipe.transformer, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
-    configs = {name: part.config.to_dict() if name == "text_encoder" else dict(part.config) for name, part in networks.items()}
-    return {**configs, "scheduler": dict(pipe.scheduler.config)}, {n: numpy_state(p) for n, p in networks.items()}
+    configs = {name: dict(part.config) for name, part in networks.items() if name != "text_encoder"}
+    configs |= {"text_encoder": pipe.text_encoder.config.to_dict(), "scheduler": dict(pipe.scheduler.config)}
+    return configs, {name: numpy_state(part) for name, part in networks.items()}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A Qwen-Image-Edit pipeline as diffusers lays it out -> `ModelConfig` and parameters, from mappings already at hand."""
+"""A Qwen-Image-Edit pipeline as diffusers lays it out -> `ModelConfig` and parameters, from mappings at hand."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
