@@ -60,13 +60,14 @@ def _captioned(image: Image.Image, caption: str) -> Image.Image:
 
 
 def _joined(panels: Sequence[Image.Image], across: bool) -> Image.Image:
-    """Panels side by side (`across`) or one above the other, a gap between."""
+    """Panels side by side (`across`) or one above the other, centred, a gap between."""
     gaps = _GAP * (len(panels) - 1)
     widths, heights = [p.width for p in panels], [p.height for p in panels]
     size = (sum(widths) + gaps, max(heights)) if across else (max(widths), sum(heights) + gaps)
     sheet, place = Image.new("RGB", size, _PAPER), 0
     for panel in panels:
-        sheet.paste(panel, (place, 0) if across else (0, place))
+        spare = (size[1] - panel.height if across else size[0] - panel.width) // 2
+        sheet.paste(panel, (place, spare) if across else (spare, place))
         place += (panel.width if across else panel.height) + _GAP
     return sheet
 
@@ -102,10 +103,11 @@ def before_after(picture: images.Picture, result: Image.Image, regions: Any, ref
             panels.append(
                 _captioned(_fit(_flat(read.with_rgb(read.rgb)), (_CELL[0], _CELL[1] // 2)), f"reference{name}")
             )
-        # Wide regions one above the other: each as large as it can be.
-        rows.append(_joined(panels, across=around[2] - around[0] < 1.5 * (around[3] - around[1])))
+        # One wide region: before above after, each as large as it can be.
+        wide = around[2] - around[0] >= 1.5 * (around[3] - around[1])
+        rows.append(_joined(panels, across=len(boxes) > 1 or not wide))
     sheet = _joined(
-        [_captioned(whole, f"{picture.size[0]} × {picture.size[1]}"), _joined(rows, across=False)], across=True
+        [_captioned(whole, f"{picture.size[0]}x{picture.size[1]}"), _joined(rows, across=False)], across=True
     )
     framed = Image.new("RGB", (sheet.width + 2 * _GAP, sheet.height + 2 * _GAP), _PAPER)
     framed.paste(sheet, (_GAP, _GAP))

@@ -140,7 +140,7 @@ def refine_samples(
     *,
     reference: bool = True,
     seed: int = 0,
-    batch: int = 16,
+    batch: int = 32,
     advance: Callable[[int], Any] = lambda count: None,
     **settings: Any,
 ) -> list[np.ndarray]:
@@ -150,11 +150,12 @@ def refine_samples(
     has its own noise, from `seed` and its index.
     """
     model = refiner.model
+    sizes = lambda ratio: (model.vae_size(ratio), model.vl_sizes(ratio))
     groups: dict[Any, list[int]] = {}
     for k, sample in enumerate(samples):
-        box = focus_crop(model, sample, settings.get("focus", True), settings.get("margin"))
+        x1, y1, x2, y2 = focus_crop(model, sample, settings.get("focus", True), settings.get("margin")).tolist()
         height, width = sample.reference.shape[:2]
-        key = model.vae_size((box[2] - box[0]) / (box[3] - box[1])), reference and model.vae_size(width / height)
+        key = sizes((x2 - x1) / (y2 - y1)), reference and sizes(width / height)
         groups.setdefault(key, []).append(k)
     results: list[np.ndarray | None] = [None] * len(samples)
     for members in groups.values():
@@ -288,7 +289,8 @@ def summarise(
         for name in ("mse", "ssim", "vgg"):
             if rows and name in scores[rows[0]]:
                 values[name] = metrics.bootstrap(column(name))
-        values["mse_ratio"] = metrics.bootstrap(column("mse"), [copy[k]["mse"] for k in rows])
+        if rows:
+            values["mse_ratio"] = metrics.bootstrap(column("mse"), [copy[k]["mse"] for k in rows])
         words = [k for k in rows if samples[k].kind == "text"]
         for judge in ("ocr", "ocr2"):
             if words and f"{judge}_exact" in scores[words[0]]:
@@ -330,7 +332,7 @@ def evaluate(
     *,
     judge_names: Sequence[str] = ("vgg", "ocr"),
     seeds: int = 4,
-    batch: int = 16,
+    batch: int = 32,
     margin: float | None = None,
     quick: bool = False,
     progress: bool = True,
@@ -346,8 +348,8 @@ def evaluate(
         "bicubic ÷4": lambda: [baselines.bicubic(s.image, s.mask, box) for s, box in zip(samples, crops)],
         "OpenCV inpainting": lambda: [baselines.inpaint(s.image, s.mask) for s in samples],
         "target": lambda: [s.target for s in samples],
-        "target at the model's resolution": lambda: paste_targets(refiner, samples, False, margin, batch),
-        VAE_TARGET: lambda: paste_targets(refiner, samples, True, margin, batch),
+        "target at the model's resolution": lambda: paste_targets(refiner, samples, False, margin),
+        VAE_TARGET: lambda: paste_targets(refiner, samples, True, margin),
     }
     total = len(samples) * (len(quiet) + sum(len(settings) for settings in runs.values()))
     with tqdm(total=total, unit="picture", disable=not progress, desc="held-out") as bar:
@@ -356,7 +358,8 @@ def evaluate(
             started = time.perf_counter()
             pictures = make()
             bar.update(len(samples))
-            yield name, pictures, scorer(pictures), time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            yield name, pictures, scorer(pictures), seconds
         for name, settings in runs.items():
             bar.set_description(name)
             started, made = time.perf_counter(), []
@@ -383,7 +386,8 @@ def _comparisons(scores: Mapping[str, Sequence[Mapping[str, Any]]], samples: Seq
             for group in ("all", "text", "logo"):
                 rows = [k for k, s in enumerate(samples) if group in ("all", s.kind)]
                 errors = ([scores[m][k]["mse"] for k in rows] for m in (a, b))
-                result.setdefault(name, {})[group] = metrics.bootstrap(*errors)
+                if rows:
+                    result.setdefault(name, {})[group] = metrics.bootstrap(*errors)
     return result
 
 
@@ -394,7 +398,7 @@ def main(
     *,
     judge_names: Sequence[str] = ("vgg", "ocr"),
     seeds: int = 4,
-    batch: int = 16,
+    batch: int = 32,
     margin: float | None = None,
     quick: bool = False,
     recipe: str | os.PathLike = RECIPE,
@@ -497,7 +501,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", metavar="N", type=int, default=4, help="seeds of the mean picture (default: %(default)s)"
     )
-    parser.add_argument("--batch", metavar="N", type=int, default=16, help="scenes a batch (default: %(default)s)")
+    parser.add_argument("--batch", metavar="N", type=int, default=32, help="scenes a batch (default: %(default)s)")
     parser.add_argument("--margin", metavar="PX", type=float, help="margin in place of the model's")
     parser.add_argument("--quick", action="store_true", help="ours with and without reference only")
     parser.add_argument("--vae-only", action="store_true", help="only how well the VAE returns clean crops")

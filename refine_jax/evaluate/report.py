@@ -118,7 +118,9 @@ def table(results: Mapping[str, Any]) -> str:
         lines += ["| | all | words | logos |", "|---|---|---|---|"]
         for name, groups in results["comparisons"].items():
             lines.append(
-                f"| {name} | " + " | ".join(_cell(groups[g], "{:.3f}", True) for g in ("all", "text", "logo")) + " |"
+                f"| {name} | "
+                + " | ".join(_cell(groups.get(g), "{:.3f}", True) for g in ("all", "text", "logo"))
+                + " |"
             )
     return "\n".join([*lines, "", _NOTES])
 
