@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
@@ -34,21 +35,28 @@ def write_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def save_model(folder: str | Path, manifest: Mapping[str, Any], trees: Mapping[str, Any], dtype: str = "float32") -> None:
+def save_model(
+    folder: str | Path, manifest: Mapping[str, Any], trees: Mapping[str, Any], dtype: str = "float32"
+) -> None:
     """Write a model folder.
 
     `trees` maps a network's name ("mmdit", "vae", "vl") to its parameter tree; floating leaves are stored as `dtype`.
-    Weights are written aside and renamed before the manifest, so that a folder with a manifest is complete.
+    The manifest of an earlier model goes first and the new one comes last: a folder with a manifest is complete. What
+    else belongs to the folder (`tokenizer/`) is to be written before.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
     flat = {}
     for path, leaf in traverse_util.flatten_dict(dict(trees), sep="/").items():
         array = np.asarray(jax.device_get(leaf))
-        flat[path] = np.ascontiguousarray(array.astype(dtype) if np.issubdtype(array.dtype, np.floating) else array)
+        flat[path] = np.ascontiguousarray(array.astype(dtype) if _floating(array) else array)
     aside = folder / (WEIGHTS + ".partial")
-    save_file(flat, aside)
-    os.replace(aside, folder / WEIGHTS)
+    try:
+        save_file(flat, aside)
+        os.replace(aside, folder / WEIGHTS)
+    finally:
+        aside.unlink(missing_ok=True)
     write_text(folder / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
 
 
@@ -59,11 +67,16 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise RefineError(f"model {str(folder)!r}: no {MANIFEST} there; give 'tiny' or a model folder of refine_jax")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RefineError(f"{path}: not valid JSON ({error}); write the model folder again") from None
-    if manifest.get("format") != FORMAT:
-        raise RefineError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise RefineError(f"{path}: format {found!r}, this version reads {FORMAT}; write the model folder again")
     return manifest
+
+
+def _floating(array: np.ndarray) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.floating)  # numpy's own does not know bfloat16
 
 
 def load_weights(folder: str | Path, abstract: Mapping[str, Any], dtype: str | None = "float32") -> dict[str, Any]:
@@ -84,7 +97,7 @@ def load_weights(folder: str | Path, abstract: Mapping[str, Any], dtype: str | N
                 array = stored.get_tensor(name)
                 if array.shape != wanted[name].shape:
                     offenders.append(f"{name} has shape {array.shape}, expected {wanted[name].shape}")
-                flat[name] = array.astype(dtype) if dtype and np.issubdtype(array.dtype, np.floating) else array
+                flat[name] = array.astype(dtype) if dtype and _floating(array) else array
     except FileNotFoundError:
         raise RefineError(f"{path}: no such file; the model folder is incomplete") from None
     except (SafetensorError, OSError) as error:
@@ -100,10 +113,15 @@ def load_weights(folder: str | Path, abstract: Mapping[str, Any], dtype: str | N
 def manager(workdir: str | Path, keep: int = 2, save_every: int = 1000) -> ocp.CheckpointManager:
     """The checkpoint manager of a run: asynchronous saves under `workdir/checkpoints`, `keep` newest kept."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=save_every, create=True)
-    return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+    try:
+        return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+    except OSError as error:
+        raise RefineError(f"{workdir}: checkpoints cannot be kept there ({error}); give another work folder") from None
 
 
-def save_state(mngr: ocp.CheckpointManager, step: int, state: Any, data: Mapping[str, Any], force: bool = False) -> bool:
+def save_state(
+    mngr: ocp.CheckpointManager, step: int, state: Any, data: Mapping[str, Any], force: bool = False
+) -> bool:
     """Save the train state and the data iterator's position (JSON values) as of `step`."""
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
@@ -115,17 +133,26 @@ def save_state(mngr: ocp.CheckpointManager, step: int, state: Any, data: Mapping
 def restore_state(mngr: ocp.CheckpointManager, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
     """The newest checkpoint as (state sharded as `abstract`, data position), or None when there is none.
 
-    Raises `RefineError` when the run was saved by another number of processes: the order of data would change.
+    Raises `RefineError` when the run was saved by another number of processes (the order of data would change), or
+    under a configuration whose state has another structure.
     """
     step = mngr.latest_step()
     if step is None:
         return None
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-    restored = mngr.restore(step, args=args)
-    data = dict(restored["data"])
-    if data.pop("processes") != jax.process_count():
+    try:
+        data = dict(mngr.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
+        processes = data.pop("processes")
+        if processes == jax.process_count():
+            state = mngr.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise RefineError(
-            f"{mngr.directory}: saved by another number of processes than {jax.process_count()}; "
+            f"{mngr.directory}: checkpoint {step} does not fit this configuration or is damaged ({reason}); "
+            "continue with the configuration it was made with, or give a new work folder"
+        ) from None
+    if processes != jax.process_count():
+        raise RefineError(
+            f"{mngr.directory}: saved by {processes} processes, these are {jax.process_count()}; "
             "continue with the same number"
         )
-    return restored["state"], data
+    return state, data

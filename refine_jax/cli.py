@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from refine_jax import __version__
 from refine_jax.errors import RefineError
@@ -29,13 +30,22 @@ def _positive(text: str) -> int:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="refine-jax", description="Image refinement in JAX.")
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RefineError(f"{message}; see {self.prog} --help")
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser; the options of an evaluation, whose module takes seconds to import, only where `command` asks."""
+    parser = _Parser(prog="refine-jax", description="Image refinement in JAX.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"refine-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     refine = commands.add_parser(
         "refine",
+        allow_abbrev=False,
         help="restore the detail inside a region of a picture",
         description="Restore the detail inside a region and leave every other pixel as it is. With no arguments: the "
         "bundled example on the bundled model.",
@@ -45,13 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     region.add_argument("--mask", metavar="F", help="picture of the region: non-zero is refined")
     region.add_argument("--box", metavar="X1,Y1,X2,Y2", type=_box, action="append", help="region as a box; repeatable")
     refine.add_argument("--prompt", metavar="T", help="instruction, such as: Refine the text 'OPEN'")
-    refine.add_argument("--negative-prompt", metavar="T", help="what guidance moves away from (with --true-cfg above 1)")
+    refine.add_argument(
+        "--negative-prompt", metavar="T", help="what guidance moves away from (with --true-cfg above 1)"
+    )
     refine.add_argument("--reference", metavar="F", help="picture that shows how the region should look")
     refine.add_argument("--model", metavar="tiny|FOLDER", default="tiny", help="model (default: %(default)s)")
     refine.add_argument("--steps", metavar="N", type=_positive, help="denoising steps (default: the model's)")
     refine.add_argument("--true-cfg", metavar="S", type=float, help="true CFG scale; 1 is off (default: the model's)")
     refine.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the noise (default: %(default)s)")
-    refine.add_argument("--margin", metavar="PX", type=float, help="margin around the region, in pixels of a 1024x1024 picture")
+    refine.add_argument(
+        "--margin", metavar="PX", type=float, help="margin around the region, in pixels of a 1024x1024 picture"
+    )
     refine.add_argument("--no-focus", action="store_true", help="refine the whole picture instead of a crop")
     refine.add_argument("--feather", choices=("released", "paper"), default="released", help="how the edge is blended")
     refine.add_argument("--output", metavar="F", help="where to write (default: refined.png)")
@@ -60,12 +74,24 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
+        allow_abbrev=False,
         help="train a model from a configuration",
         description="Run or continue a configuration in a work folder. --config.KEY=VALUE overrides a key.",
     )
     train.add_argument("--config", required=True, metavar="F", help="configuration file, such as configs/tiny.py")
     train.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and the finished model")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        allow_abbrev=False,
+        help="score a model on the held-out samples",
+        description="Refine the held-out samples; write metrics, a table and a contact sheet. Needs the extra 'eval'.",
+    )
+    if command == "evaluate":
+        from refine_jax.evaluate import heldout
+
+        heldout.add_arguments(evaluate)
     return parser
 
 
@@ -76,13 +102,19 @@ def _refine(args: argparse.Namespace) -> None:
     given = [args.image, args.mask or args.box, args.prompt]
     if any(given) and not all(given):
         missing = [n for n, v in zip(("--image", "--mask or --box", "--prompt"), given) if not v]
-        raise RefineError(f"refine: {' and '.join(missing)} missing; give all of --image, --mask or --box, --prompt, or none")
+        raise RefineError(
+            f"refine: {' and '.join(missing)} missing; give all of --image, --mask or --box, --prompt, or none"
+        )
     request = examples.sign() if not any(given) else None
-    image = args.image or request.image
     output = args.output or "refined.png"
-    for path in filter(None, (output, args.compare)):
-        check_output(path)
+    compare = args.compare or ("refined_compare.png" if request and not args.output else None)
+    if compare and os.path.realpath(compare) == os.path.realpath(output):
+        raise RefineError(f"--compare {compare!r}: is the output too; give another name")
+    image = args.image or request.image
     picture = read_picture(image)
+    check_output(output, picture.alpha is not None, "--output")
+    if compare:
+        check_output(compare, name="--compare")
     regions = args.mask or args.box or request.region
     reference = args.reference or (request.reference if request else None)
 
@@ -103,13 +135,14 @@ def _refine(args: argparse.Namespace) -> None:
         feather=args.feather,
         progress=not args.quiet,
     )
-    save_picture(result, output)
-    print(f"wrote {output} ({result.width}x{result.height})")
-    compare = args.compare or ("refined_compare.png" if request and not args.output else None)
     if compare:
         from refine_jax.compare import before_after
 
-        save_picture(before_after(picture, result, regions, reference), compare)
+        shown = before_after(picture, result, regions, reference)
+    save_picture(result, output, "--output")
+    print(f"wrote {output} ({result.width}x{result.height})")
+    if compare:
+        save_picture(shown, compare, "--compare")
         print(f"wrote {compare} (before, after)")
 
 
@@ -120,24 +153,43 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     print(f"wrote {folder}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+def _evaluate(args: argparse.Namespace) -> None:
+    from refine_jax.evaluate import heldout
+
+    heldout.run(args)
+
+
+def _overrides(command: str, rest: list[str]) -> dict[str, str]:
+    """`--config.KEY=VALUE` of a training; anything else that the parser did not know is an error."""
     overrides = {}
     for item in rest:
         name, equals, value = item.removeprefix("--config.").partition("=")
-        if args.command != "train" or not item.startswith("--config.") or not equals:
-            parser.error(f"unrecognized argument: {item}")
+        if command != "train" or not item.startswith("--config."):
+            raise RefineError(f"unrecognized argument: {item}; see refine-jax {command} --help")
+        if not equals or not name:
+            raise RefineError(f"{item}: write --config.KEY=VALUE, with an equals sign and no space")
         overrides[name] = value
+    return overrides
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 1 where a training diverged, 2 for bad input, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        args, rest = _parser(argv[0] if argv else None).parse_known_args(argv)
+        overrides = _overrides(args.command, rest)
         if args.command == "refine":
             _refine(args)
         elif args.command == "train":
             _train(args, overrides)
+        elif args.command == "evaluate":
+            _evaluate(args)
     except RefineError as error:
         print(f"refine-jax: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"refine-jax: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("refine-jax: interrupted", file=sys.stderr)
         return 130

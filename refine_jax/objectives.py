@@ -3,8 +3,9 @@
 An objective is a value that the trainer (`refine_jax.train`) drives; `make` builds the one that a configuration names.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Objective:
 
     init(key) -> trainable variables in their logical boxes; frozen: arrays that the loss only reads;
     loss(params, frozen, batch, key) -> (scalar float32, dict of scalars float32); batches() -> an iterator, with
-    get_state and set_state, of dicts of numpy arrays whose leading axis is this host's part of the batch;
+    get_state, set_state and close, of dicts of numpy arrays whose leading axis is this host's part of the batch;
     export(params, frozen, folder) writes the model folder.
     """
 
@@ -43,7 +44,12 @@ def make(config: ml_collections.ConfigDict) -> Objective:
     known = {"vae": vae_objective, "refine": refine_objective}
     if config.objective not in known:
         raise RefineError(f"objective {config.objective!r}: choose one of {', '.join(known)}")
-    return known[config.objective](config)
+    try:
+        return known[config.objective](config)
+    except (TypeError, AttributeError, KeyError) as error:  # a field too many or too few
+        raise RefineError(
+            f"configuration of the objective {config.objective!r}: {' '.join(str(error).split())}"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------------- VAE
@@ -79,8 +85,8 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
 
     def export(params: Any, frozen: Any, folder: Path) -> None:
         encode = jax.jit(lambda x: vae.apply({"params": params}, x, method="encode")[0])
-        iterator = batches(config.seed + 1)
-        z = [encode(conditioning.to_signed(next(iterator)["image"])) for _ in range(config.statistics_batches)]
+        with contextlib.closing(batches(config.seed + 1)) as iterator:
+            z = [encode(conditioning.to_signed(next(iterator)["image"])) for _ in range(config.statistics_batches)]
         z = np.concatenate([np.asarray(v, np.float64).reshape(-1, vae_config.z_dim) for v in z])
         measured = dataclasses.replace(
             vae_config,
@@ -92,7 +98,7 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
     return Objective(init, {}, loss, lambda: batches(config.seed), export)
 
 
-# ------------------------------------------------------------------------------------------------ boundary-weighted flow
+# ----------------------------------------------------------------------------------------------- boundary-weighted flow
 
 
 def refine_objective(config: ml_collections.ConfigDict) -> Objective:
@@ -100,11 +106,14 @@ def refine_objective(config: ml_collections.ConfigDict) -> Objective:
 
     x_σ = (1−σ)·z0 + σ·ε, v = ε − z0, L = mean over locations of ‖v̂ − v‖²·(1 + α·B_c) / channels (`losses`). The VAE is
     frozen (`config.vae_from`, a model folder); the vision-language encoder is trained along where
-    `config.train_encoder` is set.
+    `config.train_encoder` is set, otherwise it is frozen and comes from that folder too.
     """
-    vae_manifest = checkpoint.read_manifest(config.vae_from)
-    model = ModelConfig.from_manifest({**config.model.to_dict(), "vae": vae_manifest["vae"]})
-    frozen = checkpoint.load_weights(config.vae_from, model.abstract(("vae",)))
+    manifest = checkpoint.read_manifest(config.vae_from)
+    if "vae" not in manifest:
+        raise RefineError(f"vae_from {config.vae_from!r}: holds no VAE; train one with configs/tiny_vae.py")
+    model = ModelConfig.from_manifest({**config.model.to_dict(), "vae": manifest["vae"]})
+    parts = ("vae",) if config.train_encoder else ("vae", "vl")
+    frozen = checkpoint.load_weights(config.vae_from, model.abstract(parts))
     data = config.data
 
     def batches() -> Iterator:
@@ -151,8 +160,8 @@ def refine_objective(config: ml_collections.ConfigDict) -> Objective:
         scanned = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, scan=True, remat=None))
         if not model.mmdit.scan:
             trees["mmdit"] = stack_blocks(trees["mmdit"])
-        checkpoint.save_model(folder, scanned.to_manifest(), trees)
         model.byte_tokenizer(folder / "tokenizer")
+        checkpoint.save_model(folder, scanned.to_manifest(), trees)
 
     return Objective(init, frozen, loss, batches, export)
 
@@ -196,3 +205,7 @@ class _Prompted:
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue at a position that `get_state` gave."""
         self._pairs.set_state(state)
+
+    def close(self) -> None:
+        """End the pairs' worker processes."""
+        self._pairs.close()

@@ -9,18 +9,48 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from refine_jax.errors import RefineError
+from refine_jax.models.layers import fit_spec
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
-# Logical axis -> mesh axis. A logical axis that is absent here is replicated.
+# Logical axis -> mesh axis, for every name that the networks use (`models.layers`); None is replicated.
 DEFAULT_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-    ("batch", ("data", "fsdp")),
-    ("length", "context"),
+    # parameters
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("vocab", "tensor"),
+    ("time", "tensor"),  # modulations: a third of the MMDiT's parameters
+    ("layers", None),
+    ("norm", None),
+    ("in_channels", None),
+    ("out_channels", None),
+    ("conv_in", None),
+    ("conv_out", None),
+    # activations
+    ("batch", ("data", "fsdp")),
+    ("length", "context"),
+    ("text_length", None),
+    ("act_embed", None),
+    ("act_heads", "tensor"),
+    ("act_mlp", "tensor"),
 )
+
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+
+
+def make_rules(overrides: Mapping[str, str | Sequence[str] | None] | None = None) -> Rules:
+    """`DEFAULT_RULES` with the mesh axes of some logical axes replaced. Raises `RefineError` for an unknown name."""
+    rules = dict(DEFAULT_RULES)
+    for name, axes in (overrides or {}).items():
+        axes = tuple(axes) if isinstance(axes, (list, tuple)) else axes
+        group = axes if isinstance(axes, tuple) else (axes,)
+        if name not in rules:
+            raise RefineError(f"rules: unknown logical axis {name!r}; choose one of {', '.join(rules)}")
+        if any(axis is not None and axis not in MESH_AXES for axis in group):
+            raise RefineError(f"rules.{name}: {axes!r} is no mesh axis; the axes are {', '.join(MESH_AXES)}")
+        rules[name] = axes
+    return tuple(rules.items())
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -33,9 +63,11 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     unknown = set(axes) - set(MESH_AXES)
     if unknown:
         raise RefineError(f"mesh: unknown axes {sorted(unknown)}; the axes are {', '.join(MESH_AXES)}")
-    sizes = [int(axes.get(name, 1)) for name in MESH_AXES]
+    sizes = [axes.get(name, 1) for name in MESH_AXES]
+    if any(not isinstance(s, int) or isinstance(s, bool) or (s < 1 and s != -1) for s in sizes):
+        raise RefineError(f"mesh: axes {dict(axes)}; give whole numbers of at least 1, or -1 for what is left")
     known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) > 1 or known < 1 or len(devices) % known:
+    if sizes.count(-1) > 1 or len(devices) % known:
         raise RefineError(f"mesh: axes {dict(axes)} do not divide {len(devices)} devices; at most one axis may be -1")
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     if int(np.prod(sizes)) != len(devices):
@@ -43,7 +75,7 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def param_shardings(abstract: Any, mesh: Mesh, rules=DEFAULT_RULES) -> Any:
+def param_shardings(abstract: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """Shardings of a boxed (logically annotated) abstract tree; the result has the unboxed tree's structure.
 
     A dimension that its mesh axis does not divide is replicated, so that one table serves every model size.
@@ -52,20 +84,15 @@ def param_shardings(abstract: Any, mesh: Mesh, rules=DEFAULT_RULES) -> Any:
     shapes = nn.meta.unbox(abstract)
 
     def place(spec, leaf):
-        mesh_spec = nn.logical_to_mesh_axes(tuple(spec), rules) if spec is not None else PartitionSpec()
-        fitted = []
-        for size, names in zip(leaf.shape, tuple(mesh_spec) + (None,) * (leaf.ndim - len(mesh_spec))):
-            group = (names,) if isinstance(names, str) else tuple(names or ())
-            count = int(np.prod([mesh.shape[n] for n in group])) if group else 1
-            fitted.append(names if count > 1 and size % count == 0 else None)
-        return NamedSharding(mesh, PartitionSpec(*fitted))
+        axes = nn.logical_to_mesh_axes(tuple(spec), rules) if spec is not None else ()
+        return NamedSharding(mesh, PartitionSpec(*fit_spec(axes, leaf.shape, mesh.shape)))
 
     return jax.tree.map(place, specs, shapes, is_leaf=lambda s: isinstance(s, PartitionSpec) or s is None)
 
 
 def shardings_like(tree: Any, params: Any, shardings: Any, otherwise: NamedSharding) -> Any:
-    """Shardings of an optimizer state: a leaf that stands for a parameter (its path ends in the parameter's, its shape is
-    the same) goes where the parameter goes, any other leaf (counters, masked entries) to `otherwise`."""
+    """Shardings of an optimizer state: a leaf that stands for a parameter (its path ends in the parameter's, its shape
+    is the same) goes where the parameter goes, any other leaf (counters, masked entries) to `otherwise`."""
     placed = zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True)
     known = {path: (leaf.shape, sharding) for (path, leaf), sharding in placed}
     depths = sorted({len(path) for path in known}, reverse=True)

@@ -4,10 +4,13 @@ An objective (`refine_jax.objectives`) says what is trained: its initial variabl
 result is written as a model folder. `train` below does the rest and reads from top to bottom.
 """
 
+import ast
 import importlib.util
 import json
 import math
+import re
 import time
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from flax import linen as nn
 from flax.linen import meta
 from tqdm import tqdm
 
@@ -44,37 +48,76 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> ml
     if not path.is_file():
         raise RefineError(f"--config {str(path)!r}: no such file; the shipped ones are in configs/")
     spec = importlib.util.spec_from_file_location("refine_jax_config", path)
+    if spec is None or spec.loader is None:
+        raise RefineError(f"--config {str(path)!r}: not a Python file; the shipped ones are in configs/")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a configuration is the user's code
+        raise RefineError(f"--config {str(path)!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not hasattr(module, "get_config"):
-        raise RefineError(f"--config {str(path)!r}: defines no get_config()")
+        raise RefineError(f"--config {str(path)!r}: defines no get_config(); see the shipped ones in configs/")
     config = module.get_config()
     for name, text in (overrides or {}).items():
-        try:
-            config[name]
-        except (KeyError, AttributeError, TypeError):
-            raise RefineError(f"--config.{name}: {path.name} has no such key") from None
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        try:
-            with config.unlocked():
-                config.update_from_flattened_dict({name: value})
-        except (TypeError, ValueError) as error:
-            raise RefineError(f"--config.{name}={text}: {error}") from None
+        _override(config, name, text, path.name)
+    for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
+        if config[name] < 1:
+            raise RefineError(f"--config.{name}={config[name]}: give a whole number of at least 1")
     config.lock()
     return config
 
 
-def make_schedule(config: ml_collections.ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up to `config.learning_rate`, constant, then linear decay to zero over the last `config.decay`."""
+def _override(config: ml_collections.ConfigDict, name: str, text: str, file: str) -> None:
+    """Set the key `name` ("a.b.c") to what `text` says: a JSON or Python value of the old value's type."""
+    *above, last = name.split(".")
+    group = config
+    try:
+        for part in above:
+            group = group[part]
+        # Mesh axes and sharding rules have defaults that a file need not repeat.
+        old = group.get(last) if above in (["mesh"], ["rules"]) else group[last]
+    except (KeyError, AttributeError, TypeError):
+        raise RefineError(f"--config.{name}: {file} has no such key") from None
+    value = text
+    if not isinstance(old, str):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                value = read(text)
+                break
+            except (ValueError, SyntaxError, RecursionError):
+                pass
+    value = _tuples(value)
+    kind = type(old).__name__
+    if isinstance(old, ml_collections.ConfigDict):
+        fits, kind = isinstance(value, dict), "dict"
+    elif isinstance(old, (tuple, list)):
+        fits = isinstance(value, (tuple, list))
+    elif isinstance(old, float):
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    else:
+        fits = old is None or type(value) is type(old)
+    if not fits:
+        raise RefineError(f"--config.{name}={text}: a {kind} is wanted, this is a {type(value).__name__}")
+    with config.unlocked():
+        group[last] = ml_collections.ConfigDict(value) if isinstance(value, dict) else value
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def make_schedule(config: ml_collections.ConfigDict, steps: int, scale: float = 1.0) -> optax.Schedule:
+    """Linear warm-up to `scale·config.learning_rate`, constant, then linear decay to 0 over the last `config.decay`."""
+    peak = scale * config.learning_rate
     decay = int(config.decay * steps)
     warmup = min(int(config.warmup), max(1, steps - decay))
-    parts = [optax.linear_schedule(0.0, config.learning_rate, warmup), optax.constant_schedule(config.learning_rate)]
+    parts = [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak)]
     bounds = [warmup]
     if decay:
-        parts.append(optax.linear_schedule(config.learning_rate, 0.0, decay))
+        parts.append(optax.linear_schedule(peak, 0.0, decay))
         bounds.append(steps - decay)
     return optax.join_schedules(parts, bounds)
 
@@ -91,7 +134,8 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
             # A dense kernel is a matrix, a scanned one ([layers, in, out]) a stack of them, a convolution's
             # ([rows, columns, in, out]) maps a whole patch.
             def dims(path, leaf):
-                if "kernel" not in jax.tree_util.keystr(path) or leaf.ndim not in (2, 3, 4):
+                name = jax.tree_util.keystr(path)
+                if "kernel" not in name or re.search(config.muon_exclude, name) or leaf.ndim not in (2, 3, 4):
                     return None
                 return optax.contrib.MuonDimensionNumbers((0, 1, 2) if leaf.ndim == 4 else leaf.ndim - 2, leaf.ndim - 1)
 
@@ -99,6 +143,9 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
 
         update = optax.contrib.muon(
             schedule,
+            adam_learning_rate=make_schedule(config, steps, config.adam_scale),
+            ns_steps=config.muon_steps,
+            preconditioning="aol",
             weight_decay=config.weight_decay,
             adam_b1=config.b1,
             adam_b2=config.b2,
@@ -121,9 +168,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
     """
     # ------------------------------------------------------------------ where
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
     mesh = parallel.make_mesh(dict(config.mesh))
+    rules = parallel.make_rules(config.rules)
     if config.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise RefineError(f"batch_size {config.batch_size}: the mesh {dict(mesh.shape)} does not divide it")
 
@@ -131,6 +177,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
     objective = objectives.make(config)
     optimizer = make_optimizer(config.optimizer, config.steps)
     batches = objective.batches()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_text(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
+    except OSError as error:
+        raise RefineError(
+            f"--workdir {str(workdir)!r}: cannot be written ({error.strerror}); give another folder"
+        ) from None
 
     # ------------------------------------------------------------------ state, declared before it is made
     def init(key: jax.Array) -> TrainState:
@@ -139,7 +192,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
     key = jax.random.key(config.seed)
-    rules = tuple((name, axes) for name, axes in config.rules.items()) if config.rules else parallel.DEFAULT_RULES
     placed = parallel.param_shardings(jax.eval_shape(objective.init, key), mesh, rules)
     shapes = jax.eval_shape(init, key)
     whole = parallel.replicated(mesh)
@@ -161,46 +213,54 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
         # A young average would remember the initial values for too long.
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **parts}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **parts}
         return TrainState(state.step + 1, params, opt_state, ema), metrics
 
-    # ------------------------------------------------------------------ restore: the run's own checkpoint, or scratch
-    mngr = checkpoint.manager(workdir, config.keep, config.save_every)
-    abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
-    restored = checkpoint.restore_state(mngr, abstract)
-    elapsed = 0.0
-    if restored is None:
-        with jax.set_mesh(mesh):
+    norm = jax.jit(optax.tree.norm)
+
+    with ExitStack() as stack:
+        # -------------------------------------------------------------- restore: the run's own checkpoint, or scratch
+        stack.enter_context(closing(batches))
+        mngr = stack.enter_context(closing(checkpoint.manager(workdir, config.keep, config.save_every)))
+        abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
+        restored = checkpoint.restore_state(mngr, abstract)
+        stack.enter_context(jax.set_mesh(mesh))
+        elapsed = 0.0
+        if restored is None:
             state = jax.jit(init, out_shardings=shardings)(key)
-    else:
-        state, position = restored
-        batches.set_state(position["iterator"])
-        elapsed = position["elapsed"]
-    first = int(state.step)
+        else:
+            state, position = restored
+            batches.set_state(position["iterator"])
+            elapsed = position["elapsed"]
+        first = int(state.step)
 
-    # ------------------------------------------------------------------ the loop
-    count = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes.params))
-    bar = tqdm(total=config.steps, initial=first, unit="step", disable=not progress, desc=f"{count / 1e6:.2f}M")
-    history = workdir / "metrics.jsonl"
-    # What a killed run did after its last checkpoint is done again.
-    kept = [line for line in history.read_text().splitlines() if json.loads(line)["step"] <= first] if first else []
-    checkpoint.write_text(history, "".join(line + "\n" for line in kept))
-    scalars = open(history, "a", encoding="utf-8")
-    started, waited, recent = time.perf_counter(), 0.0, []
+        # -------------------------------------------------------------- the loop
+        stack.enter_context(nn.logical_axis_rules(rules))
+        count = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes.params))
+        bar = tqdm(total=config.steps, initial=first, unit="step", disable=not progress, desc=f"{count / 1e6:.2f}M")
+        stack.enter_context(bar)
+        history = workdir / "metrics.jsonl"
+        checkpoint.write_text(history, "".join(line + "\n" for line in _lines(history, first)))
+        scalars = stack.enter_context(open(history, "a", encoding="utf-8"))
+        started, waited, recent = time.perf_counter(), 0.0, []
 
-    def log(step: int) -> None:
-        nonlocal recent, waited
-        values = jax.device_get(recent)
-        means = {k: float(np.mean([v[k] for v in values if k in v])) for k in values[-1]}
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"loss is {means['loss']} at step {step}; the last checkpoint in {workdir} is good")
-        means |= {"step": step, "seconds": elapsed + time.perf_counter() - started, "data_wait": waited}
-        scalars.write(json.dumps({k: round(v, 6) for k, v in means.items()}) + "\n")
-        scalars.flush()
-        bar.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k in ("loss", "grad_norm")}, refresh=False)
-        recent, waited = [], 0.0
+        def fail(step: int, what: str, value: float) -> None:
+            kept = mngr.latest_step()
+            remedy = f"the checkpoint of step {kept} is kept" if kept else "no checkpoint was kept"
+            raise FloatingPointError(f"{what} is {value} at step {step}; {remedy}; lower the learning rate")
 
-    with jax.set_mesh(mesh):
+        def log(step: int) -> None:
+            nonlocal recent, waited
+            values = jax.device_get(recent)
+            means = {k: float(np.mean([v[k] for v in values if k in v])) for k in values[-1]}
+            if not math.isfinite(means["loss"]):
+                fail(step, "loss", means["loss"])
+            means |= {"step": step, "seconds": elapsed + time.perf_counter() - started, "data_wait": waited}
+            scalars.write(json.dumps({k: round(v, 6) if math.isfinite(v) else None for k, v in means.items()}) + "\n")
+            scalars.flush()
+            bar.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k in ("loss", "grad_norm")}, refresh=False)
+            recent, waited = [], 0.0
+
         for step in range(first, config.steps):
             asked = time.perf_counter()
             batch = parallel.shard_batch(next(batches), mesh)
@@ -209,19 +269,29 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
             recent.append(metrics)
             bar.update()
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
+            save = done % config.save_every == 0 or done == config.steps
+            if save or done % config.log_every == 0:
                 log(done)
-            if done % config.save_every == 0 or done == config.steps:
-                if recent:
-                    log(done)  # a state whose loss is not finite is never saved
+            if save:
+                # A state that is not finite is never saved: neither what the loss saw, nor what the step made of it.
+                size = float(norm(state.params))
+                if not math.isfinite(size):
+                    fail(done, "the parameters' norm", size)
                 position = {"iterator": batches.get_state(), "elapsed": elapsed + time.perf_counter() - started}
                 checkpoint.save_state(mngr, done, state, position, force=True)
-    bar.close()
-    scalars.close()
-    mngr.wait_until_finished()
-    mngr.close()
 
     # ------------------------------------------------------------------ the result
     objective.export(jax.device_get(state.ema), objective.frozen, workdir / "model")
     return workdir / "model"
 
+
+def _lines(history: Path, last: int) -> list[str]:
+    """The lines of scalars up to step `last`: what a killed run did after its last checkpoint is done again."""
+    lines = []
+    for line in history.read_text(encoding="utf-8").splitlines() if last and history.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= last:
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):  # cut off when the run was killed
+            continue
+    return lines

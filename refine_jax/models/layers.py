@@ -10,6 +10,7 @@ Networks are applied with plain (unboxed) trees. Names in use:
   on which FSDP splits the kernels.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -29,8 +30,29 @@ default_kernel_init = nn.initializers.lecun_normal()
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Pin an activation's sharding by logical axis names; the identity where no rules are in force."""
-    return nn.with_logical_constraint(x, names)
+    """Pin an activation's sharding by logical axis names; the identity where no rules or no mesh are in force.
+
+    A dimension named None, or one that its mesh axes do not divide, is left to the compiler.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+    if not rules or mesh.empty or mesh.size == 1:
+        return x
+    free = jax.sharding.PartitionSpec.UNCONSTRAINED
+    spec = fit_spec(nn.logical_to_mesh_axes(names, rules), x.shape, mesh.shape, free)
+    spec = [free if name is None else axes for name, axes in zip(names, spec)]
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
+
+
+def fit_spec(
+    spec: Sequence[Any], shape: Sequence[int], mesh_shape: Mapping[str, int], otherwise: Any = None
+) -> list[Any]:
+    """The mesh axes of each dimension of `shape`: `otherwise` where they do not divide it, None for size 1."""
+    fitted = []
+    for size, axes in zip(shape, (*spec, *[None] * (len(shape) - len(spec)))):
+        group = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        count = math.prod(mesh_shape[axis] for axis in group)
+        fitted.append(otherwise if size % count else axes if count > 1 else None)
+    return fitted
 
 
 class Dense(nn.Module):
@@ -229,6 +251,20 @@ def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, impl: 
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
     if impl not in ("auto", "xla"):
         raise ValueError(f"attention impl {impl!r}: use 'auto', 'xla' or 'cudnn'")
+    by_key = mask is None or (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1)
+    if by_key and q.shape[2] == k.shape[2] and q.shape[1] * k.shape[1] >= _MANY_SCORES:
+        mask = jnp.ones((1, 1, 1, 1), bool) if mask is None else mask
+        return jax.lax.platform_dependent(q, k, v, mask, cpu=_blocked_attention, default=_whole_attention)
+    return _whole_attention(q, k, v, mask)
+
+
+# From this many scores a head, a CPU is kept waiting for memory, not for arithmetic.
+_MANY_SCORES = 1024 * 1024
+_BLOCK = 256
+
+
+def _whole_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """All scores at once."""
     batch, length, heads, depth = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
     # Heads go outwards by hand: gradients of the [B, S, H, D] contraction are 1.3 times slower on a CPU. Queries that
@@ -242,3 +278,30 @@ def attention(q: Array, k: Array, v: Array, *, mask: Array | None = None, impl: 
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(batch, kv_heads, -1, keys)
     out = jnp.einsum("bhts,bhsd->bhtd", weights, v)
     return out.reshape(batch, heads, length, -1).swapaxes(1, 2)
+
+
+def _blocked_attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """One head and `_BLOCK` queries at a time, so that the scores stay in a CPU's cache: 2.5 times faster at 3 200.
+
+    q, k, v [B, S, H, D]; mask [1 | B, 1, 1, 1 | Sk].
+    """
+    batch, length, heads, depth = q.shape
+    keys, blocks = k.shape[1], -(-length // _BLOCK)
+    q = jnp.pad(q, ((0, 0), (0, blocks * _BLOCK - length), (0, 0), (0, 0)))
+    outwards = lambda x: x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], x.shape[3])
+    seen = jnp.repeat(jnp.broadcast_to(mask[:, 0, 0], (batch, keys)), heads, axis=0)
+
+    def head(operands: tuple[Array, Array, Array, Array]) -> Array:
+        queries, k, v, seen = operands
+
+        def block(q: Array) -> Array:
+            logits = jnp.einsum("td,sd->ts", q, k, preferred_element_type=jnp.float32) * np.float32(depth**-0.5)
+            logits = jnp.where(seen, logits, np.float32(-1e30))
+            weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+            out = jnp.einsum("ts,sd->td", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            return out / jnp.sum(weights, axis=-1, keepdims=True)
+
+        return jax.lax.map(block, queries.reshape(blocks, _BLOCK, depth)).astype(v.dtype)
+
+    out = jax.lax.map(head, (outwards(q), outwards(k), outwards(v), seen))
+    return out.reshape(batch, heads, blocks * _BLOCK, -1)[:, :, :length].swapaxes(1, 2)

@@ -1,0 +1,159 @@
+"""Model folders: what is written is what is read, and nothing half-written or foreign is taken for a model."""
+
+import json
+import os
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from refine_jax import checkpoint
+from refine_jax.checkpoint import MANIFEST, WEIGHTS, load_weights, read_manifest, save_model
+from refine_jax.errors import RefineError
+
+RNG = np.random.default_rng(0)
+TREES = {
+    "vae": {"conv": {"kernel": RNG.standard_normal((3, 3, 2, 4), dtype=np.float32), "bias": np.ones(4, np.float32)}},
+    "mmdit": {"blocks": {"to_q": {"kernel": RNG.standard_normal((2, 4, 4), dtype=np.float32)}}},
+}
+
+
+def abstract(trees=TREES):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trees)
+
+
+def refused(call, *words: str) -> None:
+    with pytest.raises(RefineError) as error:
+        call()
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_model(tmp_path / "model", {"vae": {"z_dim": 4}}, TREES)
+    return tmp_path / "model"
+
+
+def test_round_trip(folder):
+    assert read_manifest(folder) == {"format": checkpoint.FORMAT, "vae": {"z_dim": 4}}
+    jax.tree.map(np.testing.assert_array_equal, load_weights(folder, abstract()), TREES)
+    assert sorted(p.name for p in folder.iterdir()) == [MANIFEST, WEIGHTS]
+    # One network of several, and networks that are not asked for are left alone.
+    only = load_weights(folder, {"vae": abstract()["vae"]})
+    assert set(only) == {"vae"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(tmp_path, dtype):
+    save_model(tmp_path, {}, TREES, dtype=dtype)
+    stored = load_weights(tmp_path, abstract(), dtype=None)
+    rounded = jax.tree.map(lambda x: x.astype(dtype), TREES)
+    assert stored["vae"]["conv"]["bias"].dtype == np.dtype(dtype)
+    jax.tree.map(np.testing.assert_array_equal, stored, rounded)
+    back = load_weights(tmp_path, abstract())
+    assert back["vae"]["conv"]["bias"].dtype == np.float32
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(np.float32)), back, rounded)
+    assert load_weights(tmp_path, abstract(), dtype="bfloat16")["vae"]["conv"]["bias"].dtype == ml_dtypes.bfloat16
+
+
+def test_jax_arrays_are_written_like_numpy(tmp_path):
+    save_model(tmp_path, {}, jax.tree.map(jax.numpy.asarray, TREES))
+    jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path, abstract()), TREES)
+
+
+def test_every_offender_is_listed(folder):
+    wanted = abstract()
+    wanted["vae"]["conv"]["bias"] = jax.ShapeDtypeStruct((5,), np.float32)
+    wanted["vae"]["extra"] = {"scale": jax.ShapeDtypeStruct((2,), np.float32)}
+    del wanted["mmdit"]["blocks"]["to_q"]["kernel"]
+    wanted["mmdit"]["blocks"]["to_k"] = {"kernel": jax.ShapeDtypeStruct((2, 4, 4), np.float32)}
+    refused(
+        lambda: load_weights(folder, wanted),
+        WEIGHTS,
+        "missing vae/extra/scale",
+        "missing mmdit/blocks/to_k/kernel",
+        "unexpected mmdit/blocks/to_q/kernel",
+        "vae/conv/bias has shape (4,), expected (5,)",
+    )
+
+
+def test_damaged_folders(folder, tmp_path):
+    load = lambda: load_weights(folder, abstract())
+    whole = (folder / WEIGHTS).read_bytes()
+    for part in (b"", whole[:4], whole[:40], whole[: len(whole) - 7], b"\xff" * 100):
+        (folder / WEIGHTS).write_bytes(part)
+        refused(load, str(folder), "cannot be read")
+    (folder / WEIGHTS).unlink()
+    refused(load, str(folder), "no such file")
+    (folder / WEIGHTS).mkdir()
+    refused(load, str(folder), "cannot be read")
+    refused(lambda: read_manifest(tmp_path), str(tmp_path), MANIFEST)
+    refused(lambda: read_manifest(tmp_path / "nowhere"), "nowhere", "tiny")
+    for text in ("{", "[1, 2]", '"model"', "null", '{"format": 99}', "{}", "[" * 100_000):
+        (folder / MANIFEST).write_text(text)
+        refused(lambda: read_manifest(folder), MANIFEST, "write the model folder again")
+    (folder / MANIFEST).write_bytes(b"\xff\xfe\x00")
+    refused(lambda: read_manifest(folder), MANIFEST)
+
+
+@pytest.mark.parametrize("stop_at", [WEIGHTS, MANIFEST])
+def test_a_half_written_folder_is_no_model(folder, monkeypatch, stop_at):
+    """Whenever writing stops, over an older model too, the folder cannot be loaded."""
+    replace = os.replace
+
+    def stop(source, target):
+        if str(target).endswith(stop_at):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(OSError):
+        save_model(folder, {"vae": {"z_dim": 5}}, TREES)
+    refused(lambda: read_manifest(folder), MANIFEST)
+    monkeypatch.undo()
+    save_model(folder, {"vae": {"z_dim": 5}}, TREES)
+    assert read_manifest(folder)["vae"] == {"z_dim": 5}
+    assert sorted(p.name for p in folder.iterdir() if not p.name.endswith(".partial")) == [MANIFEST, WEIGHTS]
+
+
+def test_text_is_whole_or_absent(tmp_path):
+    path = tmp_path / "a.json"
+    checkpoint.write_text(path, json.dumps([1]))
+    checkpoint.write_text(path, json.dumps([2]))
+    assert json.loads(path.read_text()) == [2] and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+# --------------------------------------------------------------------------------------------------------- training runs
+
+
+def test_state_and_position(tmp_path):
+    state = {"w": jax.numpy.arange(6.0).reshape(2, 3), "step": jax.numpy.int32(7)}
+    manager = checkpoint.manager(tmp_path, keep=2, save_every=1)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    assert checkpoint.restore_state(manager, shapes) is None
+    for step in (1, 2, 3):
+        checkpoint.save_state(manager, step, state | {"step": jax.numpy.int32(step)}, {"iterator": {"step": step}})
+    manager.wait_until_finished()
+    assert sorted(manager.all_steps()) == [2, 3]
+    restored, data = checkpoint.restore_state(manager, shapes)
+    assert data == {"iterator": {"step": 3}} and int(restored["step"]) == 3
+    np.testing.assert_array_equal(restored["w"], state["w"])
+
+    other = {"w": jax.ShapeDtypeStruct((4, 3), np.float32, sharding=state["w"].sharding)}
+    for wrong in (shapes | other, other, shapes | {"more": shapes["w"]}):
+        refused(lambda wrong=wrong: checkpoint.restore_state(manager, wrong), "checkpoint 3", "does not fit")
+    manager.close()
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    state = {"w": jax.numpy.ones(3)}
+    manager = checkpoint.manager(tmp_path)
+    checkpoint.save_state(manager, 1, state, {"iterator": {}, "processes": 2}, force=True)
+    manager.wait_until_finished()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    refused(lambda: checkpoint.restore_state(manager, shapes), "saved by 2 processes, these are 1")
+    manager.close()

@@ -1,0 +1,397 @@
+"""The trainer: configurations, overrides, interruption and resumption, divergence, and both objectives end to end."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import toy
+from flax import linen as nn
+
+from refine_jax import checkpoint, cli, objectives
+from refine_jax.errors import RefineError
+from refine_jax.refine import Refiner
+from refine_jax.train import load_config, make_optimizer, make_schedule, train
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+# ------------------------------------------------------------------------------------------------------- configurations
+
+
+def flat(config: ml_collections.ConfigDict) -> str:
+    """One line `key = value` for each leaf, sorted; an empty dict is a leaf."""
+
+    def leaves(node, prefix):
+        for name, value in node.items():
+            if isinstance(value, ml_collections.ConfigDict) and len(value):
+                yield from leaves(value, f"{prefix}{name}.")
+            else:
+                shown = value.to_dict() if isinstance(value, ml_collections.ConfigDict) else value
+                yield f"{prefix}{name} = {shown!r}"
+
+    return "\n".join(sorted(leaves(config, ""))) + "\n"
+
+
+@pytest.mark.parametrize("path", sorted(toy.CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_resolved_configurations_are_golden(path):
+    golden = GOLDEN / f"{path.stem}.txt"
+    found = golden.read_text(encoding="utf-8") if golden.is_file() else ""
+    assert flat(load_config(path)) == found, "a change that is meant: python tests/test_train.py"
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "some.py"
+    path.write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    c = ml_collections.ConfigDict(dict(steps=3, batch_size=2, log_every=1, save_every=2, keep=1))\n"
+        "    c.update(dict(name='x', rate=0.5, flag=False, none=None, sizes=((1, 2), (3, 4))))\n"
+        "    c.objective, c.seed = 'fake', 0\n"
+        "    c.ema_decay = 0.9\n"
+        "    c.optimizer = dict(name='adamw', learning_rate=0.1, warmup=1, decay=0.0, b1=0.9, b2=0.99, eps=1e-8,\n"
+        "                       weight_decay=0.0, clip=1.0)\n"
+        "    c.mesh, c.rules = dict(data=-1), {}\n"
+        "    return c\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    "name,text,value",
+    [
+        ("steps", "7", 7),
+        ("rate", "3e-4", 3e-4),
+        ("rate", "2", 2.0),
+        ("name", "yes", "yes"),
+        ("name", "12", "12"),
+        ("flag", "true", True),
+        ("flag", "True", True),
+        ("none", "5", 5),
+        ("sizes", "[[5, 6]]", ((5, 6),)),
+        ("sizes", "((5, 6), (7, 8))", ((5, 6), (7, 8))),
+        ("optimizer.learning_rate", "0.25", 0.25),
+        ("optimizer.name", "muon", "muon"),
+        ("mesh.fsdp", "2", 2),
+        ("rules.embed", "null", None),
+    ],
+)
+def test_overrides(config_file, name, text, value):
+    config = load_config(config_file, {name: text})
+    for part in name.split("."):
+        config = config[part]
+    assert config == value and type(config) is type(value)
+
+
+def test_a_group_is_overridden_as_a_whole(config_file):
+    assert load_config(config_file, {"mesh": '{"data": 1, "fsdp": 1}'}).mesh.to_dict() == {"data": 1, "fsdp": 1}
+
+
+@pytest.mark.parametrize(
+    "name,text,words",
+    [
+        ("stepz", "3", ("stepz", "some.py", "no such key")),
+        ("optimizer.rate", "3", ("optimizer.rate", "no such key")),
+        ("steps.x", "3", ("steps.x", "no such key")),
+        ("steps", "many", ("steps=many", "int", "str")),
+        ("steps", "1.5", ("int", "float")),
+        ("steps", "true", ("int", "bool")),
+        ("rate", "fast", ("float", "str")),
+        ("flag", "1", ("bool", "int")),
+        ("sizes", "3", ("tuple", "int")),
+        ("optimizer", "adamw", ("dict", "str")),
+        ("steps", "0", ("steps=0", "at least 1")),
+        ("save_every", "-1", ("save_every", "at least 1")),
+    ],
+)
+def test_bad_overrides(config_file, name, text, words):
+    with pytest.raises(RefineError) as error:
+        load_config(config_file, {name: text})
+    for word in words:
+        assert word in str(error.value), error.value
+
+
+def test_bad_config_files(tmp_path):
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    (tmp_path / "none.py").write_text("x = 1\n")
+    (tmp_path / "text.txt").write_text("x = 1\n")
+    for name in ("missing.py", "broken.py", "none.py", "text.txt", "."):
+        with pytest.raises(RefineError) as error:
+            load_config(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_schedule():
+    config = ml_collections.ConfigDict(dict(learning_rate=1.0, warmup=4, decay=0.5))
+    rates = [float(make_schedule(config, 20)(k)) for k in range(21)]
+    np.testing.assert_allclose(rates[:5], [0, 0.25, 0.5, 0.75, 1])
+    np.testing.assert_allclose(rates[4:11], 1)
+    np.testing.assert_allclose(rates[10:], np.linspace(1, 0, 11), atol=1e-6)
+
+
+def test_unknown_optimizer_and_objective(tmp_path):
+    config = toy.vae_config()
+    with pytest.raises(RefineError, match="'sgd'.*'adamw' or 'muon'"):
+        make_optimizer(ml_collections.ConfigDict({**config.optimizer.to_dict(), "name": "sgd"}), 10)
+    config.objective = "other"
+    with pytest.raises(RefineError, match="'other'.*vae, refine"):
+        objectives.make(config)
+    config = toy.vae_config()
+    config.vae.depth = 3
+    with pytest.raises(RefineError, match="depth"):
+        objectives.make(config)
+    with pytest.raises(RefineError, match="no refine_jax.json"):
+        objectives.make(toy.refine_config(tmp_path))
+
+
+# ---------------------------------------------------------------------- the loop, on an objective that compiles at once
+
+
+class Numbers:
+    """Batches of numbers that depend on the position alone; `fail_at` raises KeyboardInterrupt there."""
+
+    def __init__(self, fail_at=None, scale_at=None):
+        self.step, self.fail_at, self.scale_at, self.closed = 0, fail_at, scale_at, False
+
+    def __next__(self):
+        if self.step == self.fail_at:
+            raise KeyboardInterrupt
+        x = np.random.default_rng(self.step).standard_normal((2, 3)).astype(np.float32)
+        self.step += 1
+        return {"x": x * np.float32(np.nan) if self.step == self.scale_at else x}
+
+    def get_state(self):
+        return {"step": self.step}
+
+    def set_state(self, state):
+        self.step = state["step"]
+
+    def close(self):
+        self.closed = True
+
+
+def linear(monkeypatch, numbers: Numbers) -> Numbers:
+    """Makes `objectives.make` give a linear regression on `numbers`."""
+
+    def init(key):
+        make = nn.with_logical_partitioning(lambda k: jax.random.normal(k, (3, 2)), ("embed", "mlp"))
+        return {"net": {"kernel": make(key)}}
+
+    def loss(params, frozen, batch, key):
+        y = batch["x"] @ params["net"]["kernel"] + 0.01 * jax.random.normal(key, (2, 2))
+        return jnp.mean(jnp.square(y - 1.0)), {"size": jnp.mean(jnp.abs(y))}
+
+    def export(params, frozen, folder):
+        checkpoint.save_model(folder, {}, params)
+
+    monkeypatch.setattr(
+        objectives, "make", lambda config: objectives.Objective(init, {}, loss, lambda: numbers, export)
+    )
+    return numbers
+
+
+def final(workdir: Path) -> tuple[int, dict, list[dict]]:
+    """(newest step, its state as numpy, the metrics without timings)."""
+    with ocp.CheckpointManager(workdir.absolute() / "checkpoints") as manager:
+        step = manager.latest_step()
+        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timings = ("seconds", "data_wait")
+    return step, restored["state"], [{k: v for k, v in line.items() if k not in timings} for line in lines]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Step, params, optimizer state, average and metrics are bit-identical."""
+    (step, state, metrics), (other_step, other_state, other_metrics) = final(a), final(b)
+    assert step == other_step and metrics == other_metrics
+    assert jax.tree.structure(state) == jax.tree.structure(other_state)
+    assert len(jax.tree.leaves(state)) > 4
+    jax.tree.map(np.testing.assert_array_equal, state, other_state)
+
+
+def toy_loop(steps: int = 4, **changes) -> ml_collections.ConfigDict:
+    config = toy.vae_config()
+    config.steps = steps
+    config.update(changes)
+    return config
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_and_resumed_equals_straight(tmp_path, monkeypatch, optimizer):
+    config = toy_loop(5)
+    config.optimizer.name = optimizer
+    numbers = linear(monkeypatch, Numbers())
+    train(config, tmp_path / "straight", progress=False)
+    assert numbers.closed
+    linear(monkeypatch, Numbers(fail_at=3))  # after the checkpoint of step 2
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "killed", progress=False)
+    assert not (tmp_path / "killed" / "model").exists()
+    # What a kill -9 may leave: a checkpoint half written, a line of metrics cut off.
+    half = tmp_path / "killed" / "checkpoints" / "4.orbax-checkpoint-tmp-17"
+    half.mkdir()
+    (half / "state").mkdir()
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"loss": 0.1, "st')
+    linear(monkeypatch, Numbers())
+    assert train(config, tmp_path / "killed", progress=False) == tmp_path / "killed" / "model"
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+    # A finished run does nothing but write its model again.
+    train(config, tmp_path / "killed", progress=False)
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, config_file, capsys):
+    linear(monkeypatch, Numbers(scale_at=3))
+    command = ["train", "--quiet", "--config", str(config_file), "--workdir", str(tmp_path / "run")]
+    assert cli.main([*command, "--config.steps=6"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "loss is nan at step 3" in error and "step 2" in error, error
+    step, state, metrics = final(tmp_path / "run")
+    assert step == 2 and all(np.isfinite(x).all() for x in jax.tree.leaves(state)) and len(metrics) == 2
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_step_that_throws_the_parameters_away_is_not_saved(tmp_path, monkeypatch, config_file, capsys):
+    linear(monkeypatch, Numbers())
+    command = ["train", "--quiet", "--config", str(config_file), "--workdir", str(tmp_path / "run")]
+    changes = ["--config.optimizer.learning_rate=1e30", "--config.log_every=50", "--config.optimizer.warmup=0"]
+    assert cli.main([*command, *changes, "--config.save_every=1"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "norm is inf at step 1; no checkpoint was kept" in error, error
+    assert final_steps(tmp_path / "run") == []
+
+
+def final_steps(workdir: Path) -> list[int]:
+    with ocp.CheckpointManager(workdir.absolute() / "checkpoints") as manager:
+        return list(manager.all_steps())
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, monkeypatch):
+    linear(monkeypatch, Numbers())
+    train(toy_loop(2), tmp_path / "run", progress=False)
+    other = toy_loop(4)
+    other.optimizer.name = "muon"
+    with pytest.raises(RefineError) as error:
+        train(other, tmp_path / "run", progress=False)
+    assert "does not fit this configuration" in str(error.value) and "\n" not in str(error.value)
+    assert final(tmp_path / "run")[0] == 2
+
+
+def test_workdirs_that_cannot_be_used(tmp_path, monkeypatch, config_file, capsys):
+    linear(monkeypatch, Numbers())
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "/proc/run"):
+        assert cli.main(["train", "--quiet", "--config", str(config_file), "--workdir", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(folder) in error, error
+
+
+def test_a_batch_that_the_mesh_does_not_divide(tmp_path, monkeypatch):
+    linear(monkeypatch, Numbers())
+    config = toy_loop(batch_size=3)
+    config.mesh = dict(data=1)
+    monkeypatch.setattr("refine_jax.parallel.make_mesh", lambda axes: type("Mesh", (), {"shape": dict(data=2, fsdp=1)}))
+    with pytest.raises(RefineError, match="batch_size 3: the mesh .* does not divide it"):
+        train(config, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ both objectives
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Each `train` builds its own step: within this module a compiled one is compiled once."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def interrupted(monkeypatch, config, workdir: Path, at: int) -> None:
+    """Train until the batch `at` is asked for."""
+    make = objectives.make
+
+    def stopping(config):
+        objective = make(config)
+        batches = objective.batches()
+
+        class Stopping:
+            def __next__(self):
+                if batches.get_state()["step"] == at:
+                    raise KeyboardInterrupt
+                return next(batches)
+
+            get_state, set_state, close = batches.get_state, batches.set_state, batches.close
+
+        return objectives.Objective(objective.init, objective.frozen, objective.loss, Stopping, objective.export)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(objectives, "make", stopping)
+        train(config, workdir, progress=False)
+
+
+@pytest.fixture(scope="module")
+def vae_run(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("vae")
+    return train(toy.vae_config(), folder / "straight", progress=False)
+
+
+def test_vae_objective(vae_run, monkeypatch):
+    straight = vae_run.parent
+    interrupted(monkeypatch, toy.vae_config(), straight.parent / "killed", at=2)
+    train(toy.vae_config(), straight.parent / "killed", progress=False)
+    assert_same_run(straight, straight.parent / "killed")
+    manifest = checkpoint.read_manifest(vae_run)
+    std = manifest["vae"]["latents_std"]
+    assert len(std) == toy.VAE["z_dim"] and all(s > 0 for s in std)
+    assert (vae_run / "weights.safetensors").read_bytes() == (
+        straight.parent / "killed" / "model" / "weights.safetensors"
+    ).read_bytes()
+
+
+def test_refine_objective(vae_run, tmp_path, monkeypatch):
+    config = toy.refine_config(vae_run)
+    model = train(config, tmp_path / "straight", progress=False)
+    interrupted(monkeypatch, config, tmp_path / "killed", at=2)
+    train(config, tmp_path / "killed", progress=False)
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+    assert {"loss", "base", "band", "inside", "outside", "grad_norm", "step"} <= final(tmp_path / "killed")[2][0].keys()
+
+    # The exported folder is a whole model: stacked blocks, the VAE as it was, a tokenizer, and it refines.
+    refiner = Refiner.load(model, vae_area=32 * 32)
+    assert refiner.model.mmdit.scan and refiner.model.vae.latents_std == tuple(
+        checkpoint.read_manifest(vae_run)["vae"]["latents_std"]
+    )
+    state = final(tmp_path / "straight")[1]
+    np.testing.assert_array_equal(
+        refiner.variables["mmdit"]["blocks"]["attn"]["to_q"]["kernel"][1],
+        state["ema"]["mmdit"]["blocks_1"]["attn"]["to_q"]["kernel"],
+    )
+    picture = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    result = refiner.refine(picture, (4, 4, 20, 20), "Refine the text 'A'", steps=1)
+    assert result.size == (48, 40)
+
+
+def test_a_frozen_encoder_comes_from_the_vaes_folder(tmp_path):
+    model = toy.write_model(tmp_path / "model")
+    config = toy.refine_config(tmp_path / "model")
+    config.train_encoder = False
+    objective = objectives.make(config)
+    assert set(objective.frozen) == {"vae", "vl"}
+    assert set(jax.eval_shape(objective.init, jax.random.key(0))) == {"mmdit"}
+    assert jax.tree.structure(objective.frozen["vl"]) == jax.tree.structure(model.abstract(("vl",))["vl"])
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for source in sorted(toy.CONFIGS.glob("*.py")):
+        (GOLDEN / f"{source.stem}.txt").write_text(flat(load_config(source)), encoding="utf-8")
+        print(f"wrote {GOLDEN / source.stem}.txt", file=sys.stderr)
