@@ -127,7 +127,7 @@ def test_text_is_whole_or_absent(tmp_path):
     assert json.loads(path.read_text()) == [2] and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-# --------------------------------------------------------------------------------------------------------- training runs
+# ------------------------------------------------------------------------------------------------------- training runs
 
 
 def test_state_and_position(tmp_path):
