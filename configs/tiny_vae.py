@@ -13,10 +13,10 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.objective = "vae"
     config.seed = 0
-    config.steps = 2500
+    config.steps = 1400
     config.batch_size = 8
     config.log_every = 20
-    config.save_every = 200
+    config.save_every = 100
     config.keep = 1
     config.ema_decay = 0.998
 
@@ -35,7 +35,18 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data = dict(size=64, workers=1)
     config.optimizer = dict(
-        name="muon", learning_rate=3e-3, warmup=50, decay=0.3, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0
+        name="muon",
+        learning_rate=3e-3,
+        adam_scale=1.0,
+        warmup=50,
+        decay=0.3,
+        b1=0.9,
+        b2=0.99,
+        eps=1e-8,
+        weight_decay=0.0,
+        clip=1.0,
+        muon_steps=5,
+        muon_exclude="^$",
     )
     config.mesh = dict(data=-1)
     config.rules = {}

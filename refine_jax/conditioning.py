@@ -1,8 +1,8 @@
 """What the backbone is shown: conditioning tokens of the vision-language encoder, and the latents of condition images.
 
-"refine" (RefineAnything): the images X = [focus crop, reference, mask crop] go to the encoder and, through the VAE, into
-the image stream after the noisy target: [z_t, z_I, z_ref, z_M]. A slot whose image is absent (no reference) is masked
-out and leaves no trace: rotary frames and the text's start count only images that are present.
+"refine" (RefineAnything): the images X = [focus crop, reference, mask crop] go to the encoder and, through the VAE,
+into the image stream after the noisy target: [z_t, z_I, z_ref, z_M]. A slot whose image is absent (no reference) is
+masked out and leaves no trace: rotary frames and the text's start count only images that are present.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ Array = jax.Array | np.ndarray
 def view(image: Array, box: Array | None, sizes: Sequence[tuple[int, int]]) -> jax.Array:
     """The part of `image [H, W, 3] uint8` in `box [4]`, as a network looks at it: `[h, w, 3] float32` in 0…255, whole.
 
-    Resized to each of `sizes` in turn with 8-bit rounding: the first time with Lanczos as diffusers' `VaeImageProcessor`
-    does, then bicubic as transformers' `Qwen2VLImageProcessor` does.
+    Resized to each of `sizes` in turn with 8-bit rounding: the first time with Lanczos as diffusers'
+    `VaeImageProcessor` does, then bicubic as transformers' `Qwen2VLImageProcessor` does.
     """
     for index, size in enumerate(sizes):
         if index and size == tuple(image.shape[:2]):

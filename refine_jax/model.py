@@ -16,10 +16,18 @@ from flax.linen import meta
 from refine_jax import conditioning, prompts
 from refine_jax.errors import RefineError
 from refine_jax.flow import SchedulerConfig
-from refine_jax.focus import FOCUS_AREA, FOCUS_MARGIN, bucket_size
+from refine_jax.focus import FOCUS_MARGIN, bucket_size
 from refine_jax.models.mmdit import MMDiT, MMDiTConfig
 from refine_jax.models.qwen_vae import QwenVAE, VAEConfig, denormalize, normalize
-from refine_jax.models.qwen_vl import QwenVL, QwenVLConfig, TextConfig, VisionConfig, patch_grid, pixels_to_patches, vl_image_size
+from refine_jax.models.qwen_vl import (
+    QwenVL,
+    QwenVLConfig,
+    TextConfig,
+    VisionConfig,
+    patch_grid,
+    pixels_to_patches,
+    vl_image_size,
+)
 from refine_jax.prompts import EDIT_PLUS, PromptTemplate
 
 Size = tuple[int, int]
@@ -29,8 +37,8 @@ Size = tuple[int, int]
 class ModelConfig:
     """Everything about a checkpoint but its weights; hashable, so that it is a static argument of compiled programs.
 
-    vae_area, condition_area: pixels at which the VAE and the encoder look at an image; multiple: what the sides of those
-    sizes are multiples of. margin: of the focus crop, in pixels of a picture scaled to `focus.FOCUS_AREA`. steps,
+    vae_area, condition_area: pixels at which the VAE and the encoder look at an image; multiple: what the sides of
+    those sizes are multiples of. margin: of the focus crop, in pixels of a picture scaled to `focus.FOCUS_AREA`. steps,
     true_cfg_scale, negative_prompt: the sampler's defaults.
     """
 
@@ -194,9 +202,9 @@ def encode_prompts(
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Conditioning tokens c = E(X, y) of several prompts about the same images.
 
-    prompts: dicts of ids, mask `[B, L]`, positions `[B, L, 3]`, image_index `[B, L]` (`prompts.PromptBatch`); images: the
-    encoder's views `[B, H, W, 3]` in 0…255 (`conditioning.view`). Returns (tokens `[B, L - dropped, D]`, mask) for each;
-    the pictures are encoded once.
+    prompts: dicts of ids, mask `[B, L]`, positions `[B, L, 3]`, image_index `[B, L]` (`prompts.PromptBatch`); images:
+    the encoder's views `[B, H, W, 3]` in 0…255 (`conditioning.view`). Returns (tokens `[B, L - dropped, D]`, mask) for
+    each; the pictures are encoded once.
     """
     encoder = QwenVL(model.vl)
     collections = {"params": variables["vl"], "lora": lora.get("vl", {})}

@@ -5,7 +5,7 @@ An objective is a value that the trainer (`refine_jax.train`) drives; `make` bui
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from refine_jax import checkpoint, conditioning, flow, losses, prompts
 from refine_jax.data import loader
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig, encode_images, encode_prompts, velocity
-from refine_jax.models.mmdit import stack_blocks
+from refine_jax.models.layers import rotary_frequencies
+from refine_jax.models.mmdit import MMDiTConfig, stack_blocks
 from refine_jax.models.qwen_vae import QwenVAE, VAEConfig
 
 
@@ -131,7 +132,10 @@ def refine_objective(config: ml_collections.ConfigDict) -> Objective:
 
     def init(key: jax.Array) -> Any:
         names = ("mmdit", "vl") if config.train_encoder else ("mmdit",)
-        return model.init(key, names)
+        params = model.init(key, names)
+        if config.aligned_heads:
+            params["mmdit"] = aligned_heads(params["mmdit"], model.mmdit, config.aligned_heads)
+        return params
 
     def loss(params: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
         variables = {**frozen, **params}
@@ -166,6 +170,36 @@ def refine_objective(config: ml_collections.ConfigDict) -> Objective:
     return Objective(init, frozen, loss, batches, export)
 
 
+def aligned_heads(params: Any, config: MMDiTConfig, frames: Sequence[int]) -> Any:
+    """An initialisation for training from scratch: head k of every block looks at the same place `frames[k]` frames on.
+
+    The biases of queries and keys outweigh their content, so that after the norm and the rotary embedding a score falls
+    with the distance alone. Copying from the condition images, which a random initialisation takes thousands of steps
+    to find, is there from the first. Values only: the architecture is untouched. Blocks must not be scanned.
+    """
+    depth = config.attention_head_dim
+    weight, angle, first = np.zeros(depth // 2), np.zeros(depth // 2), 0
+    for axis, (dim, pairs) in enumerate(zip(config.axes_dims_rope, (1, 3, 3))):
+        weight[first : first + pairs] = (0.25, 0.375, 0.375)[axis] / pairs  # the fastest turning pairs of the axis
+        angle[first : first + dim // 2] = rotary_frequencies(dim) if axis == 0 else 0.0
+        first += dim // 2
+    size = 3.0 * np.sqrt(weight * depth)
+    sharp = np.where(np.repeat(weight, 2) > 0, 2.0, 1.0).astype(np.float32)
+    pattern = lambda turn: np.stack([size * np.cos(turn), size * np.sin(turn)], axis=-1).reshape(-1)
+    heads = len(frames) * depth
+    query = np.concatenate([pattern(frame * angle) for frame in frames]).astype(np.float32)
+    key = np.tile(pattern(0.0 * angle), len(frames)).astype(np.float32)
+    params = jax.tree.map(lambda x: x, params)
+    for name in [name for name in params if name.startswith("blocks_")]:
+        attention = params[name]["attn"]
+        for kind, bias in (("q", query), ("k", key)):
+            dense, norm = attention[f"to_{kind}"], attention[f"norm_{kind}"]
+            dense["bias"] = dense["bias"].replace_boxed(dense["bias"].unbox().at[:heads].set(bias))
+            dense["kernel"] = dense["kernel"].replace_boxed(dense["kernel"].unbox().at[:, :heads].multiply(0.3))
+            norm["scale"] = norm["scale"].replace_boxed(norm["scale"].unbox() * sharp)
+    return params
+
+
 class _Prompted:
     """The pairs of `loader.refine_batches` with tokenised instructions under "prompt" in place of their bytes.
 
@@ -188,15 +222,19 @@ class _Prompted:
         draws = np.random.default_rng([self._seed, step, jax.process_index()]).random(len(batch["instruction"]))
         texts = [loader.decode_instruction(row) for row in batch.pop("instruction")]
         texts = [model.negative_prompt if draw < self._dropout else text for draw, text in zip(draws, texts)]
-        encoded = [
-            prompts.encode_prompt(
-                self._tokenizer, model.prompt, text, [grid] * 3, model.vl.vision.spatial_merge_size, [True, here, True]
-            )
-            for text, here in zip(texts, batch["has_reference"].tolist())
-        ]
+        encoded = [self._encode(text, grid, here) for text, here in zip(texts, batch["has_reference"].tolist())]
         batch["prompt"] = vars(prompts.pad_prompts(encoded, self._length))
         del batch["is_logo"]
         return batch
+
+    def _encode(self, text: str, grid: tuple[int, int], has_reference: bool) -> prompts.TokenizedPrompt:
+        """A prompt of at most the batch's length: a longer instruction (a logo of many words) loses its end."""
+        merge, present = self._model.vl.vision.spatial_merge_size, [True, has_reference, True]
+        while True:
+            encoded = prompts.encode_prompt(self._tokenizer, self._model.prompt, text, [grid] * 3, merge, present)
+            if len(encoded) <= self._length or not text:
+                return encoded
+            text = text[: -max(1, (len(encoded) - self._length) // 4)]
 
     def get_state(self) -> dict[str, Any]:
         """The pairs' position."""

@@ -31,7 +31,9 @@ class Progress:
     def show(self, steps: int) -> Iterator[None]:
         """A bar of `steps` steps; until the first of them it counts the seconds of preparing and compiling."""
         started, done = time.perf_counter(), threading.Event()
-        with tqdm(total=steps, unit="step", desc="compiling", bar_format="{desc}: {bar} {n_fmt}/{total_fmt} {elapsed}") as bar:
+        with tqdm(
+            total=steps, unit="step", desc="compiling", bar_format="{desc}: {bar} {n_fmt}/{total_fmt} {elapsed}"
+        ) as bar:
             self._bar = bar
 
             def tick() -> None:

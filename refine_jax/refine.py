@@ -1,7 +1,7 @@
 """RefineAnything, Focus-and-Refine: the one jitted program from pixels in to pixels out, and the door to it.
 
-`refine_program` crops, resizes, encodes, denoises, decodes, resizes back, feathers and pastes, over regions that differ in
-picture, size, mask, prompt and presence of a reference. `Refiner` reads pictures and prompts, sorts requests into
+`refine_program` crops, resizes, encodes, denoises, decodes, resizes back, feathers and pastes, over regions that differ
+in picture, size, mask, prompt and presence of a reference. `Refiner` reads pictures and prompts, sorts requests into
 buckets of static shapes, and calls it. The host adds only what decides a static shape: the boxes, in float64.
 """
 
@@ -27,19 +27,21 @@ from refine_jax.progress import Progress
 
 Array = jax.Array | np.ndarray
 
-TEXT_BUCKETS = (48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+# Prompt lengths of compiled programs; at most a third of a prompt is padding.
+TEXT_BUCKETS = (48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096)
 
 
-# ----------------------------------------------------------------------------------------------------------- the program
+# ---------------------------------------------------------------------------------------------------------- the program
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """What is static in one compiled program, besides the shapes of its arguments.
 
-    crop: (height, width) at which the VAE sees the crop and its mask, so the size that is generated; crop_views: the sizes
-    on the encoder's way (`ModelConfig.vl_sizes`); reference, reference_views: the same for the reference, None where no
-    region has one. style: of the feathering. report: called with the number of finished steps; None costs nothing.
+    crop: (height, width) at which the VAE sees the crop and its mask, so the size that is generated; crop_views: the
+    sizes on the encoder's way (`ModelConfig.vl_sizes`); reference, reference_views: the same for the reference, None
+    where no region has one. style: of the feathering. report: called with the number of finished steps; None costs
+    nothing.
     """
 
     crop: Size
@@ -66,15 +68,17 @@ def refine_program(
     """Refine R regions in I pictures.
 
     inputs:
-      pictures `[I, H, W, 3] uint8`: each in the top-left corner of its canvas; owner `[R] int32`: the picture of a region;
+      pictures `[I, H, W, 3] uint8`: each in the top-left corner of its canvas;
+      owner `[R] int32`: the picture of a region;
       mask `[R, H, W] uint8`: non-zero is refined; an empty mask makes its region a no-op (padding of a batch);
       box `[R, 4] int32`: the focus crop in its picture (`focus.focus_box`);
-      reference `[R, H', W', 3] uint8`, reference_box `[R, 4] int32` (the whole picture in its canvas), has_reference `[R]
-      bool`: only where `spec.reference`;
+      reference `[R, H', W', 3] uint8`, reference_box `[R, 4] int32` (the whole picture in its canvas),
+      has_reference `[R] bool`: only where `spec.reference`;
       prompt, negative: `prompts.PromptBatch` as dicts, `[R, L…]`; without "negative" there is no guidance;
       sigmas `[N + 1] float32`; true_cfg_scale `[R] float32`; noise `[R, h, w, C] float32`.
 
-    Regions of one picture are denoised from the picture as given and pasted in order; pixels of weight 0 keep their bits.
+    Regions of one picture are denoised from the picture as given and pasted in order; pixels of weight 0 keep their
+    bits.
     """
     picture = inputs["pictures"][inputs["owner"]]
     marked = jnp.where(inputs["mask"] > 0, jnp.uint8(255), jnp.uint8(0))
@@ -128,7 +132,7 @@ def refine_program(
     return Refined(pictures, refined.astype(jnp.uint8), latents)
 
 
-# -------------------------------------------------------------------------------------------------------------- the door
+# ------------------------------------------------------------------------------------------------------------- the door
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +156,9 @@ class _Region:
 class Refiner:
     """A loaded model that refines. Make one with `Refiner.load`; calls share compiled programs and are independent."""
 
-    def __init__(self, model: ModelConfig, variables: Mapping[str, Any], tokenizer: Any, lora: Mapping[str, Any] | None = None):
+    def __init__(
+        self, model: ModelConfig, variables: Mapping[str, Any], tokenizer: Any, lora: Mapping[str, Any] | None = None
+    ):
         """variables: trees under "mmdit", "vae", "vl"; lora: trees under the same names (may be empty)."""
         self.model = model
         self.variables = jax.device_put(dict(variables))
@@ -213,9 +219,11 @@ class Refiner:
         negative_prompt: with true_cfg_scale above 1, what guidance moves away from (default: the model's). noise:
         unpacked latent noise `[h, w, C] float32` in place of the seed's (a list where there are several regions).
         focus: refine a crop around the region; False: the whole picture at the model's resolution. margin: around the
-        region, in pixels of a picture scaled to 1024². feather: "released" or "paper". progress: bars on standard error.
+        region, in pixels of a picture scaled to 1024². feather: "released" or "paper". progress: bars on standard
+        error.
 
-        Raises `RefineError` for unreadable pictures, an empty mask, a box outside the picture, a prompt that is too long.
+        Raises `RefineError` for unreadable pictures, an empty mask, a box outside the picture, a prompt that is too
+        long.
         """
         request = dict(
             image=image,
@@ -302,7 +310,9 @@ class Refiner:
             ratio = int(box[2] - box[0]) / int(box[3] - box[1])
             crop = model.vae_size(ratio)
             if max(crop) > 16 * min(crop):
-                raise RefineError(f"{picture.name}: the region to refine is {ratio:.3g} times as wide as high; give a larger margin")
+                raise RefineError(
+                    f"{picture.name}: the region to refine is {ratio:.3g} times as wide as high; give a larger margin"
+                )
             shown = [ratio, reference.size[0] / reference.size[1] if reference else 1.0, ratio]
             present = [True, reference is not None, True]
             encode = functools.partial(self._encode, ratios=shown, present=present)
@@ -348,10 +358,10 @@ class Refiner:
             key = jax.random.fold_in(key, np.uint32(word))
         return jax.random.normal(key, shape, jnp.float32)
 
-    # --------------------------------------------------------------------------------------------------- running a bucket
+    # ------------------------------------------------------------------------------------------------- running a bucket
 
     def _bucket(self, region: _Region, others: Sequence[_Region]) -> Any:
-        """What regions must share to run in one batch. A region without a reference joins one of its kind that has one."""
+        """What regions must share to run in one batch; one without a reference joins others that have one."""
         base = (region.crop, self._views(region), region.steps, region.style, region.negative is not None)
         if region.reference is None:
             for other in others:
@@ -379,9 +389,7 @@ class Refiner:
         for request in owners:
             boxes = np.stack([m.box for m in members if m.request == request])
             windows[request] = np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)]).tolist()
-        height, width = (
-            _canvas_side(max(w[axis + 2] - w[axis] for w in windows.values())) for axis in (1, 0)
-        )
+        height, width = (_canvas_side(max(w[axis + 2] - w[axis] for w in windows.values())) for axis in (1, 0))
 
         def cut(array: np.ndarray, window: Sequence[int]) -> np.ndarray:
             x1, y1, x2, y2 = window
@@ -401,7 +409,9 @@ class Refiner:
             "mask": np.stack(masks),
             "box": np.stack([m.box - np.array(windows[m.request][:2] * 2, np.int32) for m in padded]),
             "prompt": self._prompts([m.prompt for m in padded], padded, spec, length),
-            "sigmas": flow.schedule(self.model.scheduler, steps, math.prod(self.model.latent_size(crop)) // self._patch_area),
+            "sigmas": flow.schedule(
+                self.model.scheduler, steps, math.prod(self.model.latent_size(crop)) // self._patch_area
+            ),
             "true_cfg_scale": np.array([m.scale for m in padded], np.float32),
             "noise": jnp.stack([m.noise for m in padded]),
         }
@@ -431,7 +441,7 @@ class Refiner:
     def _prompts(
         self, rows: Sequence[prompts.TokenizedPrompt], members: Sequence[_Region], spec: Spec, length: int
     ) -> dict[str, np.ndarray]:
-        """Padded prompts; where the program has a reference slot that a region leaves empty, its mask's rows move on."""
+        """Padded prompts; where a region leaves the program's reference slot empty, its mask's rows move on."""
         batch = prompts.pad_prompts(rows, length)
         index = batch.image_index
         if spec.reference is not None:
@@ -443,7 +453,7 @@ class Refiner:
         return dict(ids=batch.ids, mask=batch.mask, positions=batch.positions, image_index=index.astype(np.int32))
 
 
-# --------------------------------------------------------------------------------------------------------------- helpers
+# -------------------------------------------------------------------------------------------------------------- helpers
 
 
 def _power_of_two(count: int) -> int:
@@ -470,7 +480,9 @@ def _masks(regions: Any, size: tuple[int, int]) -> list[np.ndarray]:
         raise RefineError("mask_or_box: the list is empty; give at least one mask or box")
     named = ["" if len(regions) == 1 else f" {k + 1}" for k in range(len(regions))]
     return [
-        images.box_mask(region, size, f"box{name}") if _is_box(region) else images.read_mask(region, size, f"mask{name}")
+        images.box_mask(region, size, f"box{name}")
+        if _is_box(region)
+        else images.read_mask(region, size, f"mask{name}")
         for region, name in zip(regions, named)
     ]
 

@@ -1,4 +1,4 @@
-"""The command line through `cli.main`: good runs to the last pixel, and bad input in one line with nothing left behind."""
+"""The command line through `cli.main`: good runs to the last pixel; bad input in one line, nothing left behind."""
 
 import subprocess
 import sys
@@ -64,12 +64,16 @@ def alpha_of(boxes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode,quiet", [("RGBA", False), ("L", True), ("RGB", True)])
-def test_boxes_alpha_and_compare(folder, model, capsys, mode, quiet):
+def test_modes_regions_and_compare(folder, model, capsys, mode, quiet):
     source = folder.parent / "in" / "source.png"
     picture(mode).save(source)
-    boxes = [(10, 12, 26, 22), (40, 30, 60, 44)]
-    words = [word for box in boxes for word in ("--box", ",".join(map(str, box)))]
-    words += ["--steps", "2", "--true-cfg", "1", "--compare", "both.png"] + ["--quiet"] * quiet
+    if quiet:
+        boxes, words = [(24, 20, 40, 30)], ["--mask", "../in/mask.png", "--reference", "../in/photo.png", "--quiet"]
+        words += ["--steps", "1"]
+    else:
+        boxes = [(10, 12, 26, 22), (40, 30, 60, 44)]
+        words = [word for box in boxes for word in ("--box", ",".join(map(str, box)))] + ["--steps", "2"]
+    words += ["--true-cfg", "1", "--compare", "both.png"]
     assert run("refine", "--image", source, "--prompt", "Refine the text 'A'", "--model", model, *words) == 0
     out, err = capsys.readouterr()
     assert out == "wrote refined.png (72x56)\nwrote both.png (before, after)\n"
@@ -88,7 +92,7 @@ def test_boxes_alpha_and_compare(folder, model, capsys, mode, quiet):
         assert both.width > WIDTH
 
 
-def test_the_seed_decides_and_the_mask_is_a_region(folder, model):
+def test_the_seed_decides(folder, model):
     inputs = folder.parent / "in"
     command = [
         "refine",

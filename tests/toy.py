@@ -65,6 +65,7 @@ def refine_config(vae_from: Path | str) -> ml_collections.ConfigDict:
     config.model.mmdit.update(MMDIT)
     config.model.vl.vision.update(VISION)
     config.model.vl.text.update(TEXT)
+    config.aligned_heads = ()
     config.data.buckets, config.data.weights, config.data.text_length = ((32, 96),), (1.0,), 96
     return config
 

@@ -35,7 +35,7 @@ def constrain(x: Array, *names: str | None) -> Array:
     A dimension named None, or one that its mesh axes do not divide, is left to the compiler.
     """
     mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
-    if not rules or mesh.empty or mesh.size == 1:
+    if not rules or mesh.empty:
         return x
     free = jax.sharding.PartitionSpec.UNCONSTRAINED
     spec = fit_spec(nn.logical_to_mesh_axes(names, rules), x.shape, mesh.shape, free)
