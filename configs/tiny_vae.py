@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.objective = "vae"
     config.seed = 0
-    config.steps = 1400
+    config.steps = 1000
     config.batch_size = 8
     config.log_every = 20
     config.save_every = 100
@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
         latents_std=(1.0,) * 16,
     )
     config.edge = 0.1
-    config.kl = 1e-5
+    config.kl = 4e-3
     config.statistics_batches = 40
 
     config.data = dict(size=64, workers=1)

@@ -85,9 +85,16 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
         return mse + config.edge * edge + config.kl * kl, {"mse": mse, "edge": edge, "kl": kl}
 
     def export(params: Any, frozen: Any, folder: Path) -> None:
-        encode = jax.jit(lambda x: vae.apply({"params": params}, x, method="encode")[0])
+        @jax.jit
+        def sample(x: jax.Array, key: jax.Array) -> jax.Array:
+            mean, log_variance = vae.apply({"params": params}, x, method="encode")
+            return mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape, mean.dtype)
+
+        # Of samples, not of means: a channel that carries nothing keeps its small mean, instead of being blown up to
+        # the scale of the others.
         with contextlib.closing(batches(config.seed + 1)) as iterator:
-            z = [encode(conditioning.to_signed(next(iterator)["image"])) for _ in range(config.statistics_batches)]
+            keys = jax.random.split(jax.random.key(config.seed + 1), config.statistics_batches)
+            z = [sample(conditioning.to_signed(next(iterator)["image"]), key) for key in keys]
         z = np.concatenate([np.asarray(v, np.float64).reshape(-1, vae_config.z_dim) for v in z])
         measured = dataclasses.replace(
             vae_config,
