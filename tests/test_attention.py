@@ -29,8 +29,9 @@ def test_blocks_equal_the_whole(monkeypatch, length, keys, masked):
     assert relative_error(program(q, k, v), expected) <= 1e-6
     # The softmax's gradient too.
     loss = lambda f: quick(jax.grad(lambda q, k, v: (f(q, k, v) ** 2).sum(), (0, 1, 2)))(q, k, v)
-    ours, theirs = loss(lambda q, k, v: layers.attention(q, k, v, mask=mask)), loss(
-        lambda q, k, v: layers._whole_attention(q, k, v, mask)
+    ours, theirs = (
+        loss(lambda q, k, v: layers.attention(q, k, v, mask=mask)),
+        loss(lambda q, k, v: layers._whole_attention(q, k, v, mask)),
     )
     for a, b in zip(ours, theirs):
         assert relative_error(a, b) <= 1e-5

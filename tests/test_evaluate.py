@@ -108,7 +108,8 @@ def _random_vgg() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def test_vgg_features_against_torch():
-    torch = pytest.importorskip("torch")
+    import torch
+
     layers, x = _random_vgg(), noisy(3, 2, 24, 36, 3)  # 36 is odd after two poolings
     y = torch.tensor(x[..., ::-1] - np.float32((104.00699, 116.66877, 122.67892))).permute(0, 3, 1, 2)
     found = judges.vgg_features(layers, x)

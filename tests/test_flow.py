@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refine_jax import flow
 from refine_jax.errors import RefineError
 
-torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
-edit_plus = pytest.importorskip("diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus")
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
+
 some = settings(max_examples=60, deadline=None, derandomize=True)
 few = settings(max_examples=20, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)

@@ -27,27 +27,26 @@ def read_scalars(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def draw_curves(runs: dict[str, list[dict]], size: tuple[int, int] = (480, 300)) -> Image.Image:
-    """One panel a run: its losses over steps, the vertical axis logarithmic."""
-    width, height = size
-    sheet = Image.new("RGB", (width * len(runs), height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for panel, (name, rows) in enumerate(runs.items()):
-        left, right, top, bottom = panel * width + 52, (panel + 1) * width - 12, 28, height - 28
-        values = [row[key] for row in rows for key in CURVES[name]]
-        low, high = math.log10(min(values)), math.log10(max(values))
-        place = lambda step, value: (
-            left + (right - left) * step / rows[-1]["step"],
-            bottom - (bottom - top) * (math.log10(value) - low) / (high - low),
-        )
-        draw.rectangle((left, top, right, bottom), outline="#999999")
-        for tick in (min(values), 10 ** ((low + high) / 2), max(values)):
-            draw.text((left - 48, place(0, tick)[1] - 6), f"{tick:.3g}", fill="black")
-        draw.text((right - 60, bottom + 8), f"{rows[-1]['step']} steps", fill="black")
-        for k, key in enumerate(CURVES[name]):
-            draw.line([place(row["step"], row[key]) for row in rows], fill=COLOURS[k], width=2)
-            draw.text((left + 6 + 90 * k, 8), f"{name}: {key}", fill=COLOURS[k])
-    return sheet
+def draw_panel(name: str, rows: list[dict], size: tuple[int, int] = (480, 300)) -> Image.Image:
+    """A run's losses over its steps, the vertical axis logarithmic."""
+    panel = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(panel)
+    left, right, top, bottom = 52, size[0] - 12, 28, size[1] - 28
+    values = [row[key] for row in rows for key in CURVES[name]]
+    low, high = math.log10(min(values)), math.log10(max(values))
+
+    def place(step: int, value: float) -> tuple[float, float]:
+        along, up = step / rows[-1]["step"], (math.log10(value) - low) / (high - low)
+        return left + (right - left) * along, bottom - (bottom - top) * up
+
+    draw.rectangle((left, top, right, bottom), outline="#999999")
+    for tick in (min(values), 10 ** ((low + high) / 2), max(values)):
+        draw.text((left - 48, place(0, tick)[1] - 6), f"{tick:.3g}", fill="black")
+    draw.text((right - 60, bottom + 8), f"{rows[-1]['step']} steps", fill="black")
+    for k, key in enumerate(CURVES[name]):
+        draw.line([place(row["step"], row[key]) for row in rows], fill=COLOURS[k], width=2)
+        draw.text((left + 6 + 90 * k, 8), f"{name}: {key}", fill=COLOURS[k])
+    return panel
 
 
 def main() -> None:
@@ -70,7 +69,8 @@ def main() -> None:
         checkpoint.write_text(args.output / "training" / f"{name}_config.json", config)
         lines = "".join(json.dumps(row) + "\n" for row in runs[name])
         checkpoint.write_text(args.output / "training" / f"{name}_metrics.jsonl", lines)
-    save_picture(draw_curves(runs), args.output / "training" / "loss_curves.png")
+    for name, rows in runs.items():
+        save_picture(draw_panel(name, rows), args.output / "training" / f"{name}_loss.png")
     size = (args.output / checkpoint.WEIGHTS).stat().st_size
     print(f"wrote {args.output} ({size / 1e6:.1f} MB of weights)")
 
