@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +16,6 @@ from refine_jax import flow
 from refine_jax.errors import RefineError
 
 torch.set_num_threads(1)
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
-
 some = settings(max_examples=60, deadline=None, derandomize=True)
 few = settings(max_examples=20, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
