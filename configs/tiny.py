@@ -12,11 +12,11 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.objective = "refine"
     config.seed = 0
-    config.steps = 1600
+    config.steps = 1100
     config.batch_size = 16
     config.log_every = 20
     config.save_every = 100
-    config.keep = 1
+    config.keep = 2
     config.ema_decay = 0.999
     config.vae_from = "runs/tiny_vae/model"
     config.train_encoder = True
@@ -78,8 +78,8 @@ def get_config() -> ml_collections.ConfigDict:
         true_cfg_scale=1.0,
         negative_prompt=" ",
     )
-    # σ is drawn uniformly, then shifted like the sampler's (factor 3 there): most of the work is done at high noise.
-    config.sigma = dict(distribution="uniform", shift=2.0)
+    # σ is drawn uniformly, then shifted like the sampler's: most of the work is done at high noise.
+    config.sigma = dict(distribution="uniform", shift=3.0)
     # The paper's radii are 16 pixels of a 1024-pixel crop, α = 9. A tiny crop is 32 to 128 pixels wide, and its letters
     # are as thin as the band.
     config.boundary = dict(r_out=2, r_in=2, alpha=1.0)

@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.batch_size = 8
     config.log_every = 20
     config.save_every = 100
-    config.keep = 1
+    config.keep = 2
     config.ema_decay = 0.998
 
     config.vae = dict(

@@ -44,9 +44,10 @@ def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def _flat(image: Image.Image) -> Image.Image:
     """Without alpha, on white."""
-    if image.mode != "RGBA":
+    if not image.has_transparency_data:
         return image.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", image.size, (*_PAPER, 255)), image).convert("RGB")
+    paper = Image.new("RGBA", image.size, (*_PAPER, 255))
+    return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
 
 
 def _captioned(image: Image.Image, caption: str) -> Image.Image:

@@ -97,7 +97,7 @@ class ModelConfig:
                     )
                 else:
                     values[name] = value
-            except TypeError as error:
+            except (AttributeError, TypeError) as error:
                 raise RefineError(f"model manifest: {name}: {error}") from None
         missing = [name for name in ("mmdit", "vae", "vl") if name not in values]
         if missing:

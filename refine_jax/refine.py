@@ -184,7 +184,11 @@ class Refiner:
         if dtype not in ("float32", "bfloat16"):
             raise RefineError(f"dtype {dtype!r}: give 'float32' or 'bfloat16'")
         folder = Path(__file__).parent / "assets" / "tiny" if model == "tiny" else Path(model)
-        if not folder.is_dir():
+        try:
+            found = folder.is_dir()
+        except (OSError, ValueError):  # a name that no file system can hold
+            found = False
+        if not found:
             raise RefineError(f"model {str(model)!r}: no such model; give 'tiny' or the folder of a model")
         manifest = checkpoint.read_manifest(folder)
         config = ModelConfig.from_manifest(manifest, vae_area=vae_area, condition_area=condition_area)
