@@ -4,6 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from refine_jax.errors import RefineError
+
 ASSETS = Path(__file__).parent / "assets" / "example"
 
 
@@ -18,8 +20,16 @@ class Example:
 
 
 def sign() -> Example:
-    """The example that `refine-jax refine` runs when it is given nothing."""
-    request = json.loads((ASSETS / "request.json").read_text(encoding="utf-8"))
+    """The example that `refine-jax refine` runs when it is given nothing.
+
+    Raises `RefineError` in an installation without the bundled example.
+    """
+    try:
+        request = json.loads((ASSETS / "request.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RefineError(
+            "this installation holds no bundled example; give --image, --mask or --box, --prompt and --model FOLDER"
+        ) from None
     reference = request.get("reference")
     return Example(
         ASSETS / request["image"],

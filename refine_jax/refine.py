@@ -188,6 +188,11 @@ class Refiner:
             found = folder.is_dir()
         except (OSError, ValueError):  # a name that no file system can hold
             found = False
+        if not found and model == "tiny":
+            raise RefineError(
+                "model 'tiny': this installation holds no bundled model; train it (configs/tiny_vae.py, then"
+                " configs/tiny.py) and give the folder that the run wrote, WORKDIR/model"
+            )
         if not found:
             raise RefineError(f"model {str(model)!r}: no such model; give 'tiny' or the folder of a model")
         manifest = checkpoint.read_manifest(folder)
