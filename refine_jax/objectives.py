@@ -181,9 +181,15 @@ def aligned_heads(params: Any, config: MMDiTConfig, frames: Sequence[int]) -> An
     """An initialisation for training from scratch: head k of every block looks at the same place `frames[k]` frames on.
 
     The biases of queries and keys outweigh their content, so that after the norm and the rotary embedding a score falls
-    with the distance alone. Copying from the condition images, which a random initialisation takes thousands of steps
-    to find, is there from the first. Values only: the architecture is untouched. Blocks must not be scanned.
+    with the distance alone: where to copy from need not be found. Values only: the architecture is untouched. `params`:
+    the MMDiT's, in their logical boxes, blocks not scanned.
     """
+    if config.scan:
+        raise RefineError("aligned_heads: needs model.mmdit.scan=False")
+    if min(config.axes_dims_rope[1:]) < 6:
+        raise RefineError(f"aligned_heads: axes_dims_rope {config.axes_dims_rope} has too few pairs; give 6 or more")
+    if len(frames) > config.num_attention_heads:
+        raise RefineError(f"aligned_heads: {len(frames)} frames for {config.num_attention_heads} heads")
     depth = config.attention_head_dim
     weight, angle, first = np.zeros(depth // 2), np.zeros(depth // 2), 0
     for axis, (dim, pairs) in enumerate(zip(config.axes_dims_rope, (1, 3, 3))):
