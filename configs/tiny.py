@@ -1,7 +1,10 @@
-"""The bundled `tiny` model: RefineAnything on Qwen-Image-Edit's architecture, small enough for two CPU cores.
+"""The `tiny` model: RefineAnything on Qwen-Image-Edit's architecture, small enough for two CPU cores; 8.9 M parameters.
 
-refine-jax train --config configs/tiny_vae.py --workdir runs/tiny_vae
-refine-jax train --config configs/tiny.py --workdir runs/tiny --config.vae_from=runs/tiny_vae/model
+    refine-jax train --config configs/tiny_vae.py --workdir runs/tiny_vae
+    refine-jax train --config configs/tiny.py --workdir runs/tiny --config.vae_from=runs/tiny_vae/model
+
+Hardware: two CPU cores, 1.9 s a step. Seen so far: velocity error a channel 0.821, 0.735, 0.709 after 100, 200, 300 steps;
+see docs/tiny.md.
 """
 
 import ml_collections
@@ -12,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.objective = "refine"
     config.seed = 0
-    config.steps = 1100
+    config.steps = 10_000
     config.batch_size = 16
     config.log_every = 20
     config.save_every = 100

@@ -32,7 +32,7 @@ class Progress:
         """A bar of `steps` steps; until the first of them it counts the seconds of preparing and compiling."""
         started, done = time.perf_counter(), threading.Event()
         with tqdm(
-            total=steps, unit="step", desc="compiling", bar_format="{desc}: {bar} {n_fmt}/{total_fmt} {elapsed}"
+            total=steps, unit="step", desc="compiling", bar_format="{desc}{bar} {n_fmt}/{total_fmt} {elapsed}"
         ) as bar:
             self._bar = bar
 
