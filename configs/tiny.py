@@ -3,8 +3,8 @@
     refine-jax train --config configs/tiny_vae.py --workdir runs/tiny_vae
     refine-jax train --config configs/tiny.py --workdir runs/tiny --config.vae_from=runs/tiny_vae/model
 
-Hardware: two CPU cores, 1.9 s a step. Seen so far: velocity error a channel 0.821, 0.735, 0.709 after 100, 200, 300 steps;
-see docs/tiny.md.
+Hardware: two CPU cores, 1.9 s a step. Seen so far: velocity error a channel 0.821, 0.735, 0.709 after 100, 200, 300
+steps; see docs/tiny.md.
 """
 
 import ml_collections
