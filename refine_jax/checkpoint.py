@@ -35,6 +35,12 @@ def write_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def save_model(
     folder: str | Path, manifest: Mapping[str, Any], trees: Mapping[str, Any], dtype: str = "float32"
 ) -> None:
@@ -54,6 +60,8 @@ def save_model(
     aside = folder / (WEIGHTS + ".partial")
     try:
         save_file(flat, aside)
+        # safetensors writes for the owner alone; a model folder is as readable as the folder's other files.
+        aside.chmod(0o666 & ~_umask())
         os.replace(aside, folder / WEIGHTS)
     finally:
         aside.unlink(missing_ok=True)

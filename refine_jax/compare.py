@@ -1,10 +1,8 @@
 """A before/after picture: the whole result with its regions marked, and each region enlarged before and after."""
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from refine_jax import focus, images
@@ -16,15 +14,7 @@ _PAPER, _INK, _MARK = (255, 255, 255), (70, 70, 70), (230, 40, 60)
 
 def _boxes(regions: Any, size: tuple[int, int]) -> list[tuple[int, int, int, int]]:
     """The tight boxes of what `Refiner.refine` takes as regions: a mask, a box, or a list of them."""
-
-    def is_box(value: Any) -> bool:
-        if isinstance(value, np.ndarray):
-            return value.shape == (4,)
-        return isinstance(value, (tuple, list)) and len(value) == 4 and all(isinstance(v, numbers.Real) for v in value)
-
-    if is_box(regions) or not isinstance(regions, (tuple, list)):
-        regions = [regions]
-    masks = (images.box_mask(r, size) if is_box(r) else images.read_mask(r, size) for r in regions)
+    masks = images.region_masks(regions, size)
     return [tuple(focus.mask_box(mask)[0].tolist()) for mask in masks]
 
 

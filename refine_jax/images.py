@@ -6,6 +6,7 @@ Everything that depends on file formats lives here: EXIF rotation, embedded colo
 
 import dataclasses
 import io
+import numbers
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -274,6 +275,28 @@ def box_mask(box: Sequence[float], size: tuple[int, int], name: str = "box") -> 
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
+
+
+def _is_box(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.shape == (4,)
+    return isinstance(value, (tuple, list)) and len(value) == 4 and all(isinstance(v, numbers.Real) for v in value)
+
+
+def region_masks(regions: Any, size: tuple[int, int]) -> list[np.ndarray]:
+    """The masks `[H, W] uint8` of what `Refiner.refine` takes as regions, in a picture of `size` (width, height).
+
+    A mask (`read_mask`), a box (`box_mask`), or a list of them. Raises `RefineError` as those do and for an empty list.
+    """
+    if _is_box(regions) or not isinstance(regions, (tuple, list)):
+        regions = [regions]
+    if not regions:
+        raise RefineError("mask_or_box: the list is empty; give at least one mask or box")
+    named = ["" if len(regions) == 1 else f" {k + 1}" for k in range(len(regions))]
+    return [
+        box_mask(region, size, f"box{name}") if _is_box(region) else read_mask(region, size, f"mask{name}")
+        for region, name in zip(regions, named)
+    ]
 
 
 def check_output(path: str | os.PathLike, alpha: bool = False, name: str = "output") -> None:

@@ -290,7 +290,7 @@ class Refiner:
         """One request, decoded and checked."""
         model = self.model
         picture = images.read_picture(image)
-        masks = _masks(mask_or_box, picture.size)
+        masks = images.region_masks(mask_or_box, picture.size)
         count = len(masks)
         texts = _per_region(prompt, count, "prompt", str)
         references = [
@@ -473,27 +473,6 @@ def _canvas_side(side: int) -> int:
     """The canvas bucket of a side: at most a quarter more than asked, so that few programs serve all sizes."""
     step = max(64, _power_of_two(side) // 8)
     return -(-side // step) * step
-
-
-def _is_box(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.shape == (4,)
-    return isinstance(value, (tuple, list)) and len(value) == 4 and all(isinstance(v, numbers.Real) for v in value)
-
-
-def _masks(regions: Any, size: tuple[int, int]) -> list[np.ndarray]:
-    """The masks `[H, W] uint8` of one region or of a list of regions."""
-    if _is_box(regions) or not isinstance(regions, (tuple, list)):
-        regions = [regions]
-    if not regions:
-        raise RefineError("mask_or_box: the list is empty; give at least one mask or box")
-    named = ["" if len(regions) == 1 else f" {k + 1}" for k in range(len(regions))]
-    return [
-        images.box_mask(region, size, f"box{name}")
-        if _is_box(region)
-        else images.read_mask(region, size, f"mask{name}")
-        for region, name in zip(regions, named)
-    ]
 
 
 def _per_region(value: Any, count: int, name: str, kinds: Any) -> list[Any]:

@@ -157,3 +157,9 @@ def test_another_number_of_processes_is_refused(tmp_path):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     refused(lambda: checkpoint.restore_state(manager, shapes), "saved by 2 processes, these are 1")
     manager.close()
+
+
+def test_weights_are_as_readable_as_the_manifest(tmp_path):
+    checkpoint.save_model(tmp_path, {}, {"vae": {"x": np.ones(3, np.float32)}})
+    modes = {(tmp_path / name).stat().st_mode & 0o777 for name in (checkpoint.WEIGHTS, checkpoint.MANIFEST)}
+    assert len(modes) == 1
