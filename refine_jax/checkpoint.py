@@ -1,7 +1,8 @@
 """Checkpoints of a training run (orbax: state and data iterator) and the model folder that a trained model ships as.
 
 A model folder holds `refine_jax.json` (format, architecture configurations, scheduler, prompt template, defaults),
-`weights.safetensors` (flattened trees, names joined by "/") and `tokenizer/`.
+`tokenizer/`, and its weights: `weights.safetensors` (flattened trees, names joined by "/"; small models), or `weights/`
+with one orbax checkpoint a network (converted ones; each device reads its own part).
 """
 
 import json
@@ -17,11 +18,13 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
-from refine_jax.errors import RefineError
+from refine_jax.errors import RefineError, listed
 
 MANIFEST = "refine_jax.json"
 WEIGHTS = "weights.safetensors"
+ORBAX = "weights"
 FORMAT = 1
 
 
@@ -65,7 +68,12 @@ def save_model(
         os.replace(aside, folder / WEIGHTS)
     finally:
         aside.unlink(missing_ok=True)
-    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Write the manifest: the last file of a model folder."""
+    write_text(Path(folder) / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=1) + "\n")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -87,32 +95,88 @@ def _floating(array: np.ndarray) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)  # numpy's own does not know bfloat16
 
 
-def load_weights(folder: str | Path, abstract: Mapping[str, Any], dtype: str | None = "float32") -> dict[str, Any]:
-    """The parameter trees of a model folder, as numpy arrays of `dtype` (None: as stored).
+def load_weights(
+    folder: str | Path,
+    abstract: Mapping[str, Any],
+    dtype: str | None = "float32",
+    shardings: Any = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The parameter trees of a model folder, floating leaves as `dtype` (None: as stored).
 
-    `abstract` maps each wanted network to its tree of `jax.ShapeDtypeStruct`. Every missing, unexpected or wrongly
-    shaped leaf is listed in one `RefineError`.
+    `abstract` maps each wanted network to its tree of `jax.ShapeDtypeStruct`. shardings: a tree like it; then the
+    leaves are jax arrays placed so, and of an orbax checkpoint a host reads what its devices hold, no more. Without,
+    numpy arrays. Every missing, unexpected or wrongly shaped leaf is listed in one `RefineError`.
     """
-    path = Path(folder) / WEIGHTS
+    folder = Path(folder)
     wanted = traverse_util.flatten_dict(dict(abstract), sep="/")
-    flat, offenders = {}, []
+    placed = None if shardings is None else traverse_util.flatten_dict(dict(shardings), sep="/")
+    if (folder / ORBAX).is_dir():
+        return _load_orbax(folder / ORBAX, wanted, placed, dtype, progress)
+    path = folder / WEIGHTS
+    flat = {}
     try:
         with safe_open(path, framework="numpy") as stored:
             names = {n for n in stored.keys() if n.split("/", 1)[0] in abstract}
-            offenders += [f"missing {n}" for n in sorted(wanted.keys() - names)]
-            offenders += [f"unexpected {n}" for n in sorted(names - wanted.keys())]
-            for name in sorted(names & wanted.keys()):
+            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
+            _account(path, shapes, wanted)
+            for name in sorted(names):
                 array = stored.get_tensor(name)
-                if array.shape != wanted[name].shape:
-                    offenders.append(f"{name} has shape {array.shape}, expected {wanted[name].shape}")
-                flat[name] = array.astype(dtype) if dtype and _floating(array) else array
+                array = array.astype(dtype) if dtype and _floating(array) else array
+                flat[name] = array if placed is None else jax.device_put(array, placed[name])
     except FileNotFoundError:
         raise RefineError(f"{path}: no such file; the model folder is incomplete") from None
     except (SafetensorError, OSError) as error:
         raise RefineError(f"{path}: cannot be read ({error}); copy or write the model folder again") from None
-    if offenders:
-        raise RefineError(f"{path}: does not fit its manifest: " + "; ".join(offenders))
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _account(path: Path, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Any]) -> None:
+    offenders = [f"missing {name}" for name in wanted.keys() - shapes.keys()]
+    offenders += [f"unexpected {name}" for name in shapes.keys() - wanted.keys()]
+    offenders += [
+        f"{name} has shape {shapes[name]}, expected {wanted[name].shape}"
+        for name in shapes.keys() & wanted.keys()
+        if shapes[name] != wanted[name].shape
+    ]
+    if offenders:
+        raise RefineError(f"{path}: does not fit its manifest: {listed(offenders)}")
+
+
+def _load_orbax(
+    folder: Path, wanted: Mapping[str, Any], placed: Mapping[str, Any] | None, dtype: str | None, progress: bool
+) -> dict[str, Any]:
+    """The networks under `folder`, each an orbax checkpoint."""
+    trees: dict[str, Any] = {}
+    networks = sorted({name.split("/", 1)[0] for name in wanted})
+    for network in tqdm(networks, unit="network", desc="loading", disable=not progress):
+        path = (folder / network).absolute()
+        own = {name.split("/", 1)[1]: leaf for name, leaf in wanted.items() if name.startswith(network + "/")}
+        try:
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                stored = checkpointer.metadata(path).item_metadata.tree
+                stored = traverse_util.flatten_dict(stored, sep="/")
+                _account(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, own)
+                item, how = {}, {}
+                for name, leaf in own.items():
+                    kind = stored[name].dtype
+                    kind = np.dtype(dtype) if dtype and jnp.issubdtype(kind, jnp.floating) else kind
+                    item[name] = jax.ShapeDtypeStruct(leaf.shape, kind)
+                    if placed is None:
+                        how[name] = ocp.RestoreArgs(restore_type=np.ndarray, dtype=kind)
+                    else:
+                        how[name] = ocp.ArrayRestoreArgs(
+                            sharding=placed[f"{network}/{name}"], global_shape=leaf.shape, dtype=kind
+                        )
+                nest = lambda flat: traverse_util.unflatten_dict(flat, sep="/")
+                args = ocp.args.PyTreeRestore(item=nest(item), restore_args=nest(how))
+                trees[network] = checkpointer.restore(path, args=args)
+        except RefineError:
+            raise
+        except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+            raise RefineError(f"{path}: cannot be read ({reason}); copy or convert the model again") from None
+    return trees
 
 
 # ----------------------------------------------------------------------------------------------- training runs

@@ -59,7 +59,19 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         "--negative-prompt", metavar="T", help="what guidance moves away from (with --true-cfg above 1)"
     )
     refine.add_argument("--reference", metavar="F", help="picture that shows how the region should look")
-    refine.add_argument("--model", metavar="tiny|FOLDER", default="tiny", help="model (default: %(default)s)")
+    refine.add_argument(
+        "--model", metavar="tiny|FOLDER|OWNER/NAME", default="tiny", help="model (default: %(default)s)"
+    )
+    refine.add_argument(
+        "--lora", metavar="F[:WEIGHT]", action="append", default=[], help="LoRA weights, any dialect; repeatable"
+    )
+    refine.add_argument("--merge-lora", action="store_true", help="add the adapters to the weights once")
+    refine.add_argument(
+        "--scheduler",
+        choices=("released", "checkpoint"),
+        help="noise schedule (default: released, for a converted model)",
+    )
+    refine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     refine.add_argument("--steps", metavar="N", type=_positive, help="denoising steps (default: the model's)")
     refine.add_argument("--true-cfg", metavar="S", type=float, help="true CFG scale; 1 is off (default: the model's)")
     refine.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the noise (default: %(default)s)")
@@ -71,6 +83,18 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     refine.add_argument("--output", metavar="F", help="where to write (default: refined.png)")
     refine.add_argument("--compare", metavar="F", help="also write a before/after picture, zoomed on the region")
     refine.add_argument("--quiet", action="store_true", help="no progress")
+
+    convert = commands.add_parser(
+        "convert",
+        allow_abbrev=False,
+        help="PyTorch files to a model folder, and LoRA files from one dialect to another",
+        description="Convert a pipeline folder of diffusers to a model folder; a killed conversion continues. A file "
+        "of LoRA weights is rewritten in another dialect.",
+    )
+    convert.add_argument("source", metavar="SRC", help="pipeline folder, or LoRA weights")
+    convert.add_argument("target", metavar="DST", nargs="?", help="model folder, or .safetensors file, to write")
+    convert.add_argument("--inspect", action="store_true", help="say what SRC holds; nothing is written")
+    convert.add_argument("--quiet", action="store_true", help="no progress bar")
 
     train = commands.add_parser(
         "train",
@@ -120,7 +144,14 @@ def _refine(args: argparse.Namespace) -> None:
 
     from refine_jax.refine import Refiner
 
-    refiner = Refiner.load(args.model)
+    refiner = Refiner.load(
+        args.model,
+        dtype=args.dtype,
+        lora=[_weighted(text) for text in args.lora],
+        merge_lora=args.merge_lora,
+        scheduler=args.scheduler,
+        progress=not args.quiet and args.model != "tiny",
+    )
     result = refiner.refine(
         image,
         regions,
@@ -144,6 +175,26 @@ def _refine(args: argparse.Namespace) -> None:
     if compare:
         save_picture(shown, compare, "--compare")
         print(f"wrote {compare} (before, after)")
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT."""
+    file, colon, weight = text.rpartition(":")
+    try:
+        return (file, float(weight)) if colon and file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from refine_jax.convert import convert
+
+    if args.inspect == bool(args.target):
+        raise RefineError("convert: give DST, or --inspect")
+    if args.inspect:
+        print(convert.inspect(args.source))
+        return
+    print(f"wrote {convert.convert(args.source, args.target, progress=not args.quiet)}")
 
 
 def _train(args: argparse.Namespace, overrides: dict[str, str]) -> None:
@@ -180,6 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         overrides = _overrides(args.command, rest)
         if args.command == "refine":
             _refine(args)
+        elif args.command == "convert":
+            _convert(args)
         elif args.command == "train":
             _train(args, overrides)
         elif args.command == "evaluate":

@@ -1,5 +1,16 @@
 """The one error that a user may cause and can mend."""
 
+from collections.abc import Iterable
+
+_MOST = 5000
+
 
 class RefineError(ValueError):
     """Bad input. The message is one line that names the file or field, the value and the remedy."""
+
+
+def listed(items: Iterable[str]) -> str:
+    """Every offender, sorted, for a message; of a hostile file's millions the first 5000 and how many more."""
+    items = sorted(items)
+    more = f" and {len(items) - _MOST} more" if len(items) > _MOST else ""
+    return ", ".join(items[:_MOST]) + more

@@ -112,6 +112,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays on the devices: a whole copy on each of a mesh, or on the first device."""
+    return jax.device_put(tree, jax.devices()[0] if mesh is None else replicated(mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of an array whose leading axis is the global batch."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

@@ -12,16 +12,17 @@ import math
 import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from PIL import Image
 
-from refine_jax import checkpoint, conditioning, flow, focus, images, prompts
+from refine_jax import conditioning, flow, focus, images, loading, parallel, prompts
 from refine_jax.errors import RefineError
+from refine_jax.loading import LoraLike
 from refine_jax.model import ModelConfig, Size, decode_latents, encode_images, encode_prompts, velocity
 from refine_jax.progress import Progress
 
@@ -157,12 +158,21 @@ class Refiner:
     """A loaded model that refines. Make one with `Refiner.load`; calls share compiled programs and are independent."""
 
     def __init__(
-        self, model: ModelConfig, variables: Mapping[str, Any], tokenizer: Any, lora: Mapping[str, Any] | None = None
+        self,
+        model: ModelConfig,
+        variables: Mapping[str, Any],
+        tokenizer: Any,
+        lora: Mapping[str, Any] | None = None,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: parallel.Rules = parallel.DEFAULT_RULES,
     ):
-        """variables: trees under "mmdit", "vae", "vl"; lora: trees under the same names (may be empty)."""
+        """variables: trees under "mmdit", "vae", "vl"; lora: trees under the same names (may be empty). With a mesh,
+        both are already placed on it."""
         self.model = model
         self.variables = jax.device_put(dict(variables))
         self.lora = jax.device_put(dict(lora or {}))
+        self._mesh, self._rules = mesh, rules
         self.tokenizer = tokenizer
         self._progress = Progress()
 
@@ -174,34 +184,39 @@ class Refiner:
         vae_area: int | None = None,
         condition_area: int | None = None,
         dtype: str = "float32",
+        lora: LoraLike | Sequence[LoraLike] = (),
+        merge_lora: bool = False,
+        scheduler: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: parallel.Rules = parallel.DEFAULT_RULES,
+        progress: bool = False,
     ) -> "Refiner":
-        """Load the bundled "tiny" model or a model folder.
+        """Load the bundled "tiny" model, a model folder, a pipeline folder of diffusers, or a name of the model hub.
 
         vae_area, condition_area: pixels at which the VAE and the encoder look at an image (default: the model's own).
-        dtype: "float32" or "bfloat16", of weights and computation. Raises `RefineError` for an unknown model, a damaged
-        folder, or areas that are too small.
+        dtype: "float32" or "bfloat16", of weights and computation. lora: a file or folder of LoRA weights in any
+        dialect of `convert.lora`, alone or with its weight, (file, 0.8), or a list of such; merge_lora: add them to the
+        weights instead of applying them live. scheduler: "checkpoint", or "released", RefineAnything's (constant
+        shift); default: released for a converted or foreign checkpoint, whose steps and guidance are then
+        RefineAnything's too (28 steps, true CFG 4.0; with an adapter that is named Lightning, the number of steps in
+        its name and 1.0). mesh, rules: shard the weights over a mesh (`parallel.make_mesh`); each host reads its part.
+
+        Raises `RefineError` for an unknown model, a damaged folder, adapters that do not fit, or areas that are too
+        small.
         """
-        if dtype not in ("float32", "bfloat16"):
-            raise RefineError(f"dtype {dtype!r}: give 'float32' or 'bfloat16'")
-        folder = Path(__file__).parent / "assets" / "tiny" if model == "tiny" else Path(model)
-        try:
-            found = folder.is_dir()
-        except (OSError, ValueError):  # a name that no file system can hold
-            found = False
-        if not found and model == "tiny":
-            raise RefineError(
-                "model 'tiny': this installation holds no bundled model; train it (configs/tiny_vae.py, then"
-                " configs/tiny.py) and give the folder that the run wrote, WORKDIR/model"
-            )
-        if not found:
-            raise RefineError(f"model {str(model)!r}: no such model; give 'tiny' or the folder of a model")
-        manifest = checkpoint.read_manifest(folder)
-        config = ModelConfig.from_manifest(manifest, vae_area=vae_area, condition_area=condition_area)
-        kinds = dict(dtype=dtype, param_dtype=dtype)
-        parts = {name: dataclasses.replace(getattr(config, name), **kinds) for name in ("mmdit", "vae", "vl")}
-        config = dataclasses.replace(config, **parts)
-        variables = checkpoint.load_weights(folder, config.abstract(), dtype=dtype)
-        return cls(config, variables, prompts.load_tokenizer(folder / "tokenizer"))
+        loaded = loading.load(
+            model,
+            dtype=dtype,
+            vae_area=vae_area,
+            condition_area=condition_area,
+            scheduler=scheduler,
+            adapters=lora,
+            merge=merge_lora,
+            mesh=mesh,
+            rules=rules,
+            progress=progress,
+        )
+        return cls(loaded.config, loaded.variables, loaded.tokenizer, loaded.lora, mesh=mesh, rules=rules)
 
     def refine(
         self,
@@ -434,7 +449,12 @@ class Refiner:
             )
             inputs["reference_box"] = np.array([[0, 0, r.shape[1], r.shape[0]] for r in given], np.int32)
             inputs["has_reference"] = np.array([m.reference is not None for m in padded])
-        with self._progress.show(steps) if progress else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if progress:
+                stack.enter_context(self._progress.show(steps))
+            if self._mesh is not None:
+                stack.enter_context(jax.set_mesh(self._mesh))
+                stack.enter_context(nn.logical_axis_rules(self._rules))
             refined = refine_program(self.variables, self.lora, inputs, model=self.model, spec=spec)
             results = np.asarray(refined.pictures)
         for index, request in enumerate(owners):

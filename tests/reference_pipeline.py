@@ -1,7 +1,9 @@
 """diffusers' `QwenImageEditPlusPipeline` from small random parts, offline, with the released geometry around it."""
 
 import contextlib
+import json
 import math
+import shutil
 from unittest import mock
 
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as edit_plus
@@ -196,3 +198,26 @@ def released_refine(
     result = image.copy()
     result.paste(Image.fromarray(np.clip(np.floor(mixed + 0.5), 0, 255).astype(np.uint8)), box[:2])
     return result
+
+
+def save_pipeline(pipe, folder, shard: str = "30KB") -> None:
+    """`pipe.save_pretrained`, whose processor has no files of its own here: the true layout, sharded."""
+    pipe.transformer.save_pretrained(folder / "transformer", max_shard_size=shard)
+    pipe.vae.save_pretrained(folder / "vae")
+    pipe.text_encoder.save_pretrained(folder / "text_encoder", max_shard_size=shard)
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    pipe.tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "processor").mkdir()
+    shutil.copy(folder / "tokenizer" / "tokenizer.json", folder / "processor")
+    Qwen2VLImageProcessorPil().save_pretrained(folder / "processor")
+    index = {
+        "_class_name": "QwenImageEditPlusPipeline",
+        "_diffusers_version": "0.36.0",
+        "processor": ["transformers", "Qwen2VLProcessor"],
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+        "tokenizer": ["transformers", "Qwen2Tokenizer"],
+        "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))

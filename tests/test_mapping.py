@@ -7,7 +7,7 @@ import pytest
 
 from refine_jax.convert.mapping import (
     Rule,
-    check,
+    assign,
     conv_last_frame,
     drop_trailing_ones,
     linear_from_conv3d,
@@ -56,7 +56,7 @@ def test_reference_names_and_shapes():
     assert shapes["down.1.conv.weight"] == (8, 7, 3, 3) and shapes["causal.weight"] == (5, 2, 3, 3, 3)
     assert shapes["norm.gamma"] == (9, 1, 1, 1) and shapes["patch.weight"] == (11, 3, 2, 4, 4)
     assert shapes["shortcut.weight"] == (5, 4, 1, 1) and len(shapes) == 3 * 4 + 6
-    check({**shapes, "time_conv.bias": (3,)}, TABLE, ABSTRACT)
+    assign({**shapes, "time_conv.bias": (3,)}, TABLE, ABSTRACT)
 
 
 def test_values_land_where_they_belong():

@@ -22,7 +22,7 @@ from flax import linen as nn
 from reference_utils import meta_shapes, numpy_state, randn, randomise, relative_error
 
 from refine_jax.convert import keys_mmdit
-from refine_jax.convert.mapping import check, reference_shapes, to_reference, to_tree
+from refine_jax.convert.mapping import assign, reference_shapes, to_reference, to_tree
 from refine_jax.errors import RefineError
 from refine_jax.models import layers
 from refine_jax.models.mmdit import (
@@ -379,7 +379,7 @@ def test_full_size_names_shapes_and_count(name):
     expected = meta_shapes(reference)
     abstract = nn.meta.unbox(abstract_params(config))
     assert reference_shapes(keys_mmdit.TABLE, abstract) == expected
-    check(expected, keys_mmdit.TABLE, abstract)
+    assign(expected, keys_mmdit.TABLE, abstract)
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract))
     assert count == sum(int(np.prod(shape)) for shape in expected.values()) == 20_430_401_088
 

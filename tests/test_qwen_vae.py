@@ -280,7 +280,7 @@ def test_published_size_has_exactly_the_references_parameters():
     config = VAEConfig.from_dict(dict(ref.config))
     assert config == VAEConfig() and config.spatial_ratio == ref.spatial_compression_ratio == 8
     tree = abstract(QwenVAE(config), jnp.zeros((1, 8, 8, 3)))
-    mapping.check(shapes, VAE_TABLE, tree)
+    mapping.assign(shapes, VAE_TABLE, tree)
     used = {key: shape for key, shape in shapes.items() if ".time_conv." not in key}
     assert mapping.reference_shapes(VAE_TABLE, tree) == used
     assert len(shapes) - len(used) == 8  # two temporal down- and two upsamplers, weight and bias

@@ -14,7 +14,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as reference
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from refine_jax.convert.keys_vl import layout_of, vl_table
-from refine_jax.convert.mapping import check, reference_shapes, to_reference, to_tree
+from refine_jax.convert.mapping import assign, reference_shapes, to_reference, to_tree
 from refine_jax.errors import RefineError
 from refine_jax.models import qwen_vl
 from refine_jax.models.qwen_vl import QwenVL, QwenVLConfig
@@ -399,7 +399,7 @@ def test_published_configuration_has_the_published_tensors():
         theirs = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
     shapes = {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
     tree, table = abstract(config), vl_table(config)
-    check(shapes, table, tree)
+    assign(shapes, table, tree)
     head = shapes.pop("lm_head.weight")
     assert reference_shapes(table, tree) == shapes
     count = sum(leaf.size for leaf in jax.tree.leaves(tree))

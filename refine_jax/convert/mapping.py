@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from refine_jax.errors import RefineError
+from refine_jax.errors import RefineError, listed
 
 _HOLE = re.compile(r"\{(\w+)(?::([^{}]*))?\}")
 
@@ -31,12 +31,14 @@ class Transform:
     """How one reference tensor becomes one leaf (`forward`) and back (`inverse`; None where nothing can be restored).
 
     `inverse` is a right inverse: `forward(inverse(leaf)) == leaf`. Where the reference holds numbers that we drop (the
-    earlier frames of a causal kernel) it writes zeros.
+    earlier frames of a causal kernel) it writes zeros. axis: the leaf's axis along which the reference's axis 0 runs,
+    where any run of rows may be transformed alone.
     """
 
     name: str
     forward: Callable[[np.ndarray], np.ndarray]
     inverse: Callable[[np.ndarray], np.ndarray] | None
+    axis: int | None = None
 
 
 def _last_frame(frames: int) -> Transform:
@@ -93,9 +95,9 @@ def _transposed(axes: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
 
 
 TRANSFORMS: dict[str, Transform] = {
-    "copy": Transform("copy", lambda w: w, lambda leaf: leaf),
+    "copy": Transform("copy", lambda w: w, lambda leaf: leaf, axis=0),
     # torch Linear [out, in] -> Dense kernel [in, out]
-    "transpose": Transform("transpose", _transposed((1, 0)), _transposed((1, 0))),
+    "transpose": Transform("transpose", _transposed((1, 0)), _transposed((1, 0)), axis=1),
     # torch Conv2d [out, in, kh, kw] -> [kh, kw, in, out]
     "conv2d": Transform("conv2d", _transposed((2, 3, 1, 0)), _transposed((3, 2, 0, 1))),
     # torch Conv2d 1x1 [out, in, 1, 1] -> Dense kernel [in, out]
@@ -180,7 +182,7 @@ def _standin(shape: Iterable[int]) -> np.ndarray:
 
 
 def _raise(problems: Mapping[str, Iterable[str]], what: str) -> None:
-    parts = [f"{kind}: {', '.join(sorted(items))}" for kind, items in problems.items() if items]
+    parts = [f"{kind}: {listed(items)}" for kind, items in problems.items() if items]
     if parts:
         raise RefineError(f"{what} does not fit the network ({'; '.join(parts)})")
 
@@ -189,10 +191,14 @@ def _shape_text(shape: Iterable[int]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
-def _assign(
-    shapes: Mapping[str, tuple[int, ...]], table: Table, leaves: Mapping[str, Any], what: str
+def assign(
+    shapes: Mapping[str, tuple[int, ...]], table: Table, abstract_tree: Mapping[str, Any], what: str = "state dict"
 ) -> dict[str, list[tuple[int | None, str, Transform]]]:
-    """Leaf path -> [(stack index, reference key, transform)]; raises where the two do not cover each other exactly."""
+    """The accounting: reference key -> shape becomes leaf path -> [(stack index, reference key, transform)].
+
+    Raises RefineError that lists every offender where tensors and leaves do not cover each other exactly.
+    """
+    leaves = _flatten(abstract_tree)
     problems: dict[str, list[str]] = {
         name: []
         for name in ("unknown keys", "keys matched by two rules", "leaves set twice", "missing leaves", "wrong shapes")
@@ -255,7 +261,7 @@ def to_tree(
     Raises RefineError that lists every offender; `what` names the source in it.
     """
     leaves = _flatten(abstract_tree)
-    plan = _assign({key: tuple(tensors[key].shape) for key in tensors}, table, leaves, what)
+    plan = assign({key: tuple(tensors[key].shape) for key in tensors}, table, abstract_tree, what)
     tree: dict[str, Any] = {}
     for path, pieces in plan.items():
         leaf = np.empty(leaves[path].shape, leaves[path].dtype)
@@ -263,13 +269,6 @@ def to_tree(
             leaf[... if index is None else index] = transform.forward(np.asarray(tensors[key]))
         tree[path] = leaf if place is None else place(path, leaf)
     return traverse_util.unflatten_dict(tree, sep="/")
-
-
-def check(
-    shapes: Mapping[str, tuple[int, ...]], table: Table, abstract_tree: Mapping[str, Any], what: str = "state dict"
-) -> None:
-    """The accounting of `to_tree` on shapes alone: reference key -> shape. Raises RefineError."""
-    _assign({key: tuple(shape) for key, shape in shapes.items()}, table, _flatten(abstract_tree), what)
 
 
 def to_reference(tree: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:

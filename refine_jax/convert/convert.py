@@ -1,0 +1,274 @@
+"""`refine-jax convert`: a pipeline folder of PyTorch files -> a model folder with an orbax checkpoint, streaming.
+
+Tensors are read once, in the order of the files, hashed, transformed and written into parts of about a GiB. A part that
+is finished stays finished, so a killed conversion goes on where it stopped; everything lies in `DST.partial` until the
+last step renames it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from refine_jax import checkpoint, prompts
+from refine_jax.convert import diffusers_folder, reader
+from refine_jax.convert.mapping import Transform
+from refine_jax.convert.writer import Writer, chunk_shape, copy_into, sync
+from refine_jax.errors import RefineError
+
+_PART = 1 << 30  # bytes of tensors in one part
+_SLAB = 128 << 20  # bytes of a tensor in memory at once, where its transform allows
+_LAYOUT = 1  # raised when parts are cut or named differently
+_PLAN = "conversion.json"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of a tensor and where they go; path None: read for the hash alone."""
+
+    tensor: reader.Tensor
+    first: int
+    last: int | None
+    path: str | None = None
+    index: int | None = None
+    how: Transform | None = None
+
+    @property
+    def nbytes(self) -> int:
+        if self.last is None:
+            return self.tensor.nbytes
+        return self.tensor.nbytes // self.tensor.shape[0] * (self.last - self.first)
+
+
+def convert(source: str | os.PathLike, target: str | os.PathLike, *, progress: bool = False) -> Path:
+    """Convert a diffusers pipeline folder to a model folder; returns it.
+
+    Weights keep their dtype. An interrupted conversion of the same files to the same target continues. The manifest
+    records the SHA-256 of every file of weights. Raises `RefineError` for a folder that does not fit, a target that
+    exists, too little space.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise RefineError(f"{target}: exists; give another folder, or remove it first")
+    pipeline = diffusers_folder.read_pipeline(source)
+    leaves = pipeline.leaves
+    prompts.load_tokenizer(source / "tokenizer")
+    aside = target.with_name(target.name + ".partial")
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        with open(aside / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RefineError(f"{aside}: another conversion writes there; wait for it or stop it") from None
+            _convert(pipeline, leaves, aside, progress)
+            (aside / "lock").unlink()
+            sync(aside)
+            os.replace(aside, target)
+    except OSError as error:
+        raise RefineError(
+            f"{aside}: cannot be written ({error.strerror or error}); what is finished stays, repeat the command to "
+            "go on"
+        ) from None
+    return target
+
+
+def _convert(pipeline: diffusers_folder.Pipeline, leaves: Any, aside: Path, progress: bool) -> None:
+    plan = _fingerprint(pipeline)
+    if _read_plan(aside) != plan:
+        for path in aside.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        checkpoint.write_text(aside / _PLAN, json.dumps(plan, indent=1) + "\n")
+    parts = {network: _parts(pipeline, network, leaves[network]) for network in leaves}
+    writers = {}
+    for network, found in leaves.items():
+        abstract = {path: leaf.abstract for path, leaf in found.items()}
+        stacked = frozenset(path for path, leaf in found.items() if leaf.stacked)
+        writers[network] = Writer(aside.absolute() / checkpoint.ORBAX / network, abstract, stacked)
+    undone = [p for n in parts for k, part in enumerate(parts[n]) if not writers[n].is_done(k) for p in part]
+    wanted = sum(piece.nbytes for piece in undone if piece.path is not None)
+    free = shutil.disk_usage(aside).free
+    if free < wanted * 1.02:
+        raise RefineError(f"{aside}: {wanted / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; make room")
+
+    total = sum(piece.nbytes for n in parts for part in parts[n] for piece in part)
+    hashes: dict[str, str] = {}
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        for network, found in parts.items():
+            hasher = _Hasher(hashes, pipeline.folder)
+            writer = writers[network]
+            for number, part in enumerate(found):
+                if writer.is_done(number):
+                    for piece, _ in _read(part, hasher, pool):
+                        bar.update(piece.nbytes)
+                    continue
+                with writer.part(number) as out:
+                    for piece, values in _read(part, hasher, pool):
+                        if piece.path is not None:
+                            _put(out, piece, values, leaves[network][piece.path])
+                        bar.update(piece.nbytes)
+            hasher.close()
+            writer.finish(len(found))
+
+    tokenizer = aside / "tokenizer"
+    shutil.rmtree(tokenizer, ignore_errors=True)
+    shutil.copytree(pipeline.folder / "tokenizer", tokenizer)
+    source = {"pipeline": diffusers_folder.PIPELINE, "name": pipeline.folder.absolute().name, "sha256": hashes}
+    checkpoint.write_manifest(aside, {**pipeline.model().to_manifest(), "source": source})
+    (aside / _PLAN).unlink()
+
+
+def _put(out: Any, piece: _Piece, values: np.ndarray, leaf: diffusers_folder.Leaf) -> None:
+    """Transform the rows of a piece and hand them to the part that is being written."""
+    made = piece.how.forward(values)
+    array = made
+    if not made.flags.c_contiguous:
+        array = np.empty(made.shape, made.dtype)
+        copy_into(array, made)
+    region: list[Any] = [] if piece.index is None else [piece.index]
+    axes = [slice(None)] * array.ndim
+    if piece.last is not None:
+        axes[piece.how.axis] = slice(piece.first, piece.last)
+    out.put(leaf.path, tuple(region + axes), array)
+
+
+def _parts(
+    pipeline: diffusers_folder.Pipeline, network: str, leaves: dict[str, diffusers_folder.Leaf]
+) -> list[list[_Piece]]:
+    """A network's pieces in the order of its files, cut into parts."""
+    folder = next(f for f, n in diffusers_folder.NETWORKS.items() if n == network)
+    goes = {tensor.name: (leaf, index, how) for leaf in leaves.values() for index, tensor, how in leaf.pieces}
+    parts: list[list[_Piece]] = [[]]
+    size = 0
+    for _, tensors in reader.by_file(pipeline.tensors[folder]):
+        for tensor in tensors:
+            leaf, index, how = goes.get(tensor.name, (None, None, None))
+            for first, last in _slabs(tensor, leaf, how):
+                piece = _Piece(tensor, first, last, leaf.path if leaf else None, index, how)
+                if size + piece.nbytes > _PART and parts[-1]:
+                    parts.append([])
+                    size = 0
+                parts[-1].append(piece)
+                size += piece.nbytes
+    return parts
+
+
+def _slabs(
+    tensor: reader.Tensor, leaf: diffusers_folder.Leaf | None, how: Transform | None
+) -> Iterator[tuple[int, int | None]]:
+    """Runs of rows of a large tensor; the whole tensor is (0, None)."""
+    if tensor.nbytes <= _SLAB or (how is not None and how.axis is None):
+        yield 0, None
+        return
+    rows, step = tensor.shape[0], 1
+    if leaf is not None:  # whole chunks: two parts must not share one
+        step = chunk_shape(leaf.abstract.shape, tensor.dtype.itemsize, leaf.stacked)[how.axis + leaf.stacked]
+    step *= max(1, _SLAB // (step * tensor.nbytes // rows))
+    for first in range(0, rows, step):
+        yield first, min(rows, first + step)
+
+
+class _Hasher:
+    """SHA-256 of whole files whose tensors come in order."""
+
+    def __init__(self, hashes: dict[str, str], folder: Path):
+        self._hashes, self._folder = hashes, folder
+        self._file: Path | None = None
+        self._digest: Any = None
+
+    def update(self, tensor: reader.Tensor, data: np.ndarray) -> None:
+        if tensor.file != self._file:
+            self.close()
+            self._file, self._digest = tensor.file, hashlib.sha256()
+            with open(tensor.file, "rb") as file:  # all before the first tensor is the header
+                self._digest.update(file.read(tensor.offset))
+        self._digest.update(data.reshape(-1).view(np.uint8))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._hashes[self._file.relative_to(self._folder).as_posix()] = self._digest.hexdigest()
+        self._file = None
+
+
+def _read(part: list[_Piece], hasher: _Hasher, pool: ThreadPoolExecutor) -> Iterator[tuple[_Piece, np.ndarray]]:
+    """Each piece with its rows, hashed; the next one is read meanwhile."""
+
+    def load(piece: _Piece) -> np.ndarray:
+        data = piece.tensor.read(piece.first, piece.last)
+        hasher.update(piece.tensor, data)
+        return data
+
+    ahead = pool.submit(load, part[0]) if part else None
+    for k, piece in enumerate(part):
+        values = ahead.result()
+        if k + 1 < len(part):
+            ahead = pool.submit(load, part[k + 1])
+        yield piece, values
+
+
+def _fingerprint(pipeline: diffusers_folder.Pipeline) -> dict[str, Any]:
+    """What an interrupted conversion must find unchanged."""
+    files = sorted({t.file for tensors in pipeline.tensors.values() for t in tensors.values()})
+    return {
+        "layout": _LAYOUT,
+        "part": _PART,
+        "slab": _SLAB,
+        "files": {f.relative_to(pipeline.folder).as_posix(): [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
+        "configs": hashlib.sha256(json.dumps(pipeline.configs, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def _read_plan(aside: Path) -> Any:
+    try:
+        return json.loads((aside / _PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------- inspect
+
+
+def inspect(source: str | os.PathLike) -> str:
+    """What a folder or a file holds, as text: nothing is written, no tensor is read.
+
+    source: a pipeline folder, a model folder of refine_jax, or a file (folder) of LoRA weights.
+    """
+    source = Path(source)
+    lines = [f"{source}"]
+    if (source / checkpoint.MANIFEST).is_file():
+        manifest = checkpoint.read_manifest(source)
+        kind = "orbax" if (source / checkpoint.ORBAX).is_dir() else "safetensors"
+        lines.append(f"  a model folder of refine_jax, weights as {kind}")
+        for name, digest in manifest.get("source", {}).get("sha256", {}).items():
+            lines.append(f"  made from {name} sha256 {digest}")
+        return "\n".join(lines)
+    pipeline = diffusers_folder.read_pipeline(source)
+    model = pipeline.model()
+    lines.append(f"  {diffusers_folder.PIPELINE}, zero_cond_t={model.mmdit.zero_cond_t}")
+    for folder, network in diffusers_folder.NETWORKS.items():
+        tensors = pipeline.tensors[folder].values()
+        count = sum(int(np.prod(t.shape, dtype=np.int64)) for t in tensors)
+        kinds = ", ".join(sorted({t.dtype.name for t in tensors}))
+        size = sum(t.nbytes for t in tensors)
+        files = len({t.file for t in tensors})
+        lines.append(
+            f"  {folder} -> {network}: {len(tensors)} tensors in {files} files, {count / 1e6:,.1f} M parameters, "
+            f"{size / 1e9:.2f} GB, {kinds}"
+        )
+    lines.append(f"  scheduler: {model.scheduler}")
+    leaves = pipeline.leaves  # the accounting
+    lines.append(f"  every tensor has its place: {sum(map(len, leaves.values()))} leaves")
+    return "\n".join(lines)

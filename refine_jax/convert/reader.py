@@ -1,0 +1,219 @@
+"""Reading folders of safetensors one tensor at a time, with bounds on everything that a file claims.
+
+The library's own reader maps whole files; here a tensor is read from its place in the file, so that the memory in use
+is that of the tensors at hand, and so that files can be hashed in the order in which they are read.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from refine_jax.errors import RefineError, listed
+
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+_MAX_JSON = 200_000_000
+
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(kind)
+    for name, kind in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a file: its data are `nbytes` bytes at `offset`, C order, little-endian."""
+
+    name: str
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Rows `first` to `last` of axis 0 (default: all), a fresh array of the stored dtype."""
+        shape = self.shape
+        skipped = 0
+        if shape:
+            last = shape[0] if last is None else last
+            row = math.prod(shape[1:]) * self.dtype.itemsize
+            shape, skipped = (last - first, *shape[1:]), first * row
+        data = np.empty(math.prod(shape) * self.dtype.itemsize, np.uint8)
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.offset + skipped)
+            view, done = memoryview(data), 0
+            while done < len(data):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise RefineError(f"{self.file}: ended inside {self.name}; copy or download the file again")
+                done += count
+        return data.view(self.dtype).reshape(shape)
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of bounded size without NaN, infinities and repeated keys. Raises `RefineError` naming the file."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        return found
+
+    def no_constant(text: str) -> Any:
+        raise ValueError(f"{text} is no number that a configuration may hold")
+
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError("it is larger than any such file")
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+    except FileNotFoundError:
+        raise RefineError(f"{path}: no such file; copy or download the folder again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RefineError(f"{path}: cannot be read as JSON ({reason}); copy or download the file again") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise RefineError(f"{path}: holds a {type(value).__name__}, not an object; copy or download the file again")
+    return value
+
+
+def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors in the order of their data, metadata) of a safetensors file.
+
+    Raises `RefineError` for a file that is cut off, a header of absurd length, an unknown dtype, or data ranges that
+    overlap, leave holes or do not fit the shapes.
+    """
+
+    def bad(reason: str) -> RefineError:
+        return RefineError(f"{path}: not a sound safetensors file ({reason}); copy or download it again")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise bad(f"tensor {next(n for n in names if names.count(n) > 1)!r} stands there twice")
+        return dict(pairs)
+
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(_MAX_HEADER, size - 8):
+                raise bad(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise RefineError(f"{path}: no such file; copy or download the folder again") from None
+    except OSError as error:
+        raise RefineError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RefineError):
+            raise
+        raise bad(f"its header is not JSON: {str(error)[:100]}") from None
+    if not isinstance(header, dict):
+        raise bad("its header is no object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise bad("its metadata is no object")
+    found = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, end) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            kind = entry.get("dtype") if isinstance(entry, dict) else None
+            raise bad(f"tensor {name!r} has dtype {kind!r} or an incomplete entry") from None
+        numbers = (*shape, start, end)
+        if any(not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < 2**53 for n in numbers):
+            raise bad(f"tensor {name!r} has shape {list(shape)[:8]} at {start}…{end}")
+        if end - start != math.prod(shape) * dtype.itemsize:
+            raise bad(f"tensor {name!r}: {list(shape)} {entry['dtype']} does not take {end - start} bytes")
+        found.append((start, end, Tensor(name, path, dtype, shape, 8 + length + start)))
+    position = 0
+    found.sort(key=lambda item: item[:2])
+    for start, end, tensor in found:
+        if start != position:
+            raise bad(f"tensor {tensor.name!r} begins at {start}, {position} expected")
+        position = end
+    if position != size - 8 - length:
+        raise bad(f"{position} bytes of tensors, {size - 8 - length} in the file")
+    return {tensor.name: tensor for _, _, tensor in found}, {str(k): str(v) for k, v in metadata.items()}
+
+
+def read_folder(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Every tensor of a network: `stem`.safetensors, or the shards of `stem`.safetensors.index.json.
+
+    In the order of files and of the data in them. Raises `RefineError` for an index that names files outside the
+    folder, a missing shard, and tensors that index and shards do not agree on.
+    """
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        single = folder / f"{stem}.safetensors"
+        if single.is_file():
+            return read_header(single)[0]
+        others = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        remedy = "save the pipeline with safe_serialization=True" if any(n.endswith(".bin") for n in others) else (
+            "copy or download the folder again"
+        )  # fmt: skip
+        raise RefineError(f"{folder}: holds neither {single.name} nor {index.name}; {remedy}")
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise RefineError(f"{index}: no weight_map of tensors to files; copy or download the file again")
+    files = sorted(set(weight_map.values()))
+    outside = [f for f in files if not f or f != os.path.basename(f) or f in (".", "..") or "\\" in f or "\0" in f]
+    if outside:
+        raise RefineError(f"{index}: names files outside its folder ({listed(map(repr, outside))}); do not trust it")
+    missing = [f for f in files if not (folder / f).is_file()]
+    if missing:
+        raise RefineError(f"{folder}: {listed(missing)} missing; copy or download the folder again")
+    tensors: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for file in files:
+        for name, tensor in read_header(folder / file)[0].items():
+            if name in tensors:
+                problems.append(f"{name} is in {tensors[name].file.name} and in {file}")
+            elif weight_map.get(name) != file:
+                problems.append(f"{name} is in {file}, the index says {weight_map.get(name, 'nothing')}")
+            tensors.setdefault(name, tensor)
+    problems += [f"{name} is not in {file}" for name, file in weight_map.items() if name not in tensors]
+    if problems:
+        raise RefineError(f"{index}: does not fit its shards: {listed(problems)}; copy or download the folder again")
+    return tensors
+
+
+def by_file(tensors: Mapping[str, Tensor]) -> Iterator[tuple[Path, list[Tensor]]]:
+    """The tensors of each file, in the order of their data."""
+    files: dict[Path, list[Tensor]] = {}
+    for tensor in tensors.values():
+        files.setdefault(tensor.file, []).append(tensor)
+    yield from files.items()

@@ -1,0 +1,241 @@
+"""Writing an orbax checkpoint piece by piece: no leaf is ever whole in memory, and what is finished stays finished.
+
+The layout is orbax's own (OCDBT, one zarr array a leaf): the parts of a checkpoint that several processes write, merged
+at the end. Here the parts are written one after another; a part takes its final name when all of it is on the disk.
+"""
+
+import base64
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from refine_jax.errors import RefineError
+
+_PENDING = 384 << 20  # bytes that may wait for the disk
+_CHUNK = 1 << 20  # bytes; a chunk is the least that a host reads
+_SPLITS = 16  # chunks along one axis
+
+
+def chunk_shape(shape: tuple[int, ...], itemsize: int, stacked: bool) -> tuple[int, ...]:
+    """How a leaf is cut: one block of a stack, and each axis into at most 16, as long as a chunk exceeds a MiB.
+
+    A host of a sharded mesh reads the chunks that its shards touch, so both axes are cut.
+    """
+    chunk, splits = list(shape), [1] * len(shape)
+    if stacked:
+        chunk[0], splits[0] = 1, _SPLITS
+    while math.prod(chunk) * itemsize > _CHUNK:
+        free = [k for k in range(len(chunk)) if chunk[k] % 2 == 0 and splits[k] < _SPLITS]
+        if not free:
+            break
+        k = min(free, key=lambda k: (splits[k], -chunk[k]))
+        chunk[k] //= 2
+        splits[k] *= 2
+    return tuple(chunk)
+
+
+def copy_into(out: np.ndarray, source: np.ndarray) -> None:
+    """`out[...] = source`, fast where `source` is a transposed matrix, which numpy copies one number at a time."""
+    if source.ndim != 2 or source.flags.c_contiguous or not out.flags.c_contiguous or source.nbytes < 1 << 16:
+        out[...] = source
+        return
+    rows = source.T
+    if source.itemsize != 2 or rows.strides[1] != 2 or rows.shape[0] % 4:
+        for i in range(0, source.shape[0], 64):
+            for j in range(0, source.shape[1], 64):
+                out[i : i + 64, j : j + 64] = source[i : i + 64, j : j + 64]
+        return
+    # Four rows at a time as one row of 64-bit numbers: a quarter of the numbers to move.
+    bits, wide = rows.view(np.uint16), out.view(np.uint16).view(np.uint64)
+    for i in range(0, bits.shape[0], 128):
+        for j in range(0, bits.shape[1], 256):
+            tile = bits[i : i + 128, j : j + 256]
+            packed = tile[0::4].astype(np.uint64)
+            for k in (1, 2, 3):
+                packed |= tile[k::4].astype(np.uint64) << np.uint64(16 * k)
+            wide[j : j + 256, i // 4 : i // 4 + packed.shape[0]] = packed.T
+
+
+class Writer:
+    """One orbax checkpoint under `folder`, in numbered parts that may be written in several sittings."""
+
+    def __init__(self, folder: Path, leaves: Mapping[str, Any], stacked: frozenset[str]):
+        """leaves: path -> `jax.ShapeDtypeStruct`; stacked: the paths whose axis 0 counts blocks."""
+        self._folder, self._leaves = folder, leaves
+        self._chunks = {
+            path: chunk_shape(leaf.shape, leaf.dtype.itemsize, path in stacked) for path, leaf in leaves.items()
+        }
+        self._context = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def is_done(self, part: int) -> bool:
+        """Whether a part is on the disk, whole."""
+        return self._part(part).is_dir()
+
+    @contextlib.contextmanager
+    def part(self, part: int) -> Iterator["Part"]:
+        """Write a part: from scratch, under another name until everything in it is on the disk."""
+        final = self._part(part)
+        aside = final.with_name(final.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        writing = Part(self, aside)
+        yield writing
+        writing.wait()
+        sync(aside)
+        os.replace(aside, final)
+
+    def finish(self, parts: int) -> None:
+        """Join the parts into one checkpoint. Raises `RefineError` when a chunk was never written."""
+        for name in ("d", "manifest.ocdbt"):  # of a join that was killed
+            path = self._folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        store = self._open(self._folder)
+        for part in range(parts):
+            if not (self._part(part) / "manifest.ocdbt").exists():
+                continue  # nothing but tensors that the network does not use
+            with ts.Transaction() as transaction:
+                self._open(self._part(part)).experimental_copy_range_to(store.with_transaction(transaction)).result()
+        self._check(store)
+        entries, stored, sharding = {}, [], {}
+        for path, leaf in self._leaves.items():
+            keys = path.split("/")
+            shape = list(leaf.shape)
+            entries[str(tuple(keys))] = {
+                "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+                "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": shape},
+            }
+            name = ".".join(keys)
+            stored.append(
+                {
+                    "array_metadata": {
+                        "param_name": name,
+                        "write_shape": shape,
+                        "chunk_shape": list(self._chunks[path]),
+                        "ext_metadata": None,
+                    }
+                }
+            )
+            one = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"})
+            sharding[base64.b64encode(name.encode()).decode()] = one
+        handler = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+        now = time.time_ns()
+        files = {
+            "_METADATA": {
+                "tree_metadata": entries,
+                "use_ocdbt": True,
+                "use_zarr3": False,
+                "store_array_data_equal_to_fill_value": True,
+                "custom_metadata": None,
+            },
+            "_sharding": sharding,
+            "array_metadatas/process_0": {"array_metadatas": stored},
+            "_CHECKPOINT_METADATA": {
+                "item_handlers": handler,
+                "metrics": {},
+                "performance_metrics": {},
+                "init_timestamp_nsecs": now,
+                "commit_timestamp_nsecs": now,
+                "custom_metadata": {},
+            },
+        }
+        for name, value in files.items():
+            path = self._folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(value), encoding="utf-8")
+        sync(self._folder)
+
+    # -------------------------------------------------------------------------------------------------------- details
+
+    def _part(self, part: int) -> Path:
+        return self._folder / f"ocdbt.process_{part}"
+
+    def _open(self, folder: Path) -> ts.KvStore:
+        spec = {"driver": "ocdbt", "base": f"file://{folder}/", "config": {"compression": {"id": "zstd"}}}
+        return ts.KvStore.open(spec, context=self._context).result()
+
+    def _check(self, store: ts.KvStore) -> None:
+        """A zarr array reads as zeros where a chunk is absent: every chunk must be there."""
+        count: dict[str, int] = {}
+        for key in store.list().result():
+            name = key.decode().rpartition("/")[0]
+            count[name] = count.get(name, 0) + 1
+        for path, leaf in self._leaves.items():
+            chunks = math.prod(-(-n // c) for n, c in zip(leaf.shape, self._chunks[path]))
+            found = count.get(path.replace("/", "."), 0) - 1  # and the array's own description
+            if found != chunks:
+                raise RefineError(f"{self._folder}: {path} has {found} of {chunks} chunks; delete it and convert again")
+
+
+class Part:
+    """What `Writer.part` gives: takes the pieces of leaves."""
+
+    def __init__(self, writer: Writer, folder: Path):
+        self._writer, self._folder = writer, folder
+        self._arrays: dict[str, ts.TensorStore] = {}
+        self._pending: deque[tuple[ts.Future, int]] = deque()
+        self._bytes = 0
+
+    def put(self, path: str, region: Any, values: np.ndarray) -> None:
+        """`leaf[region] = values`; `values` must not be changed afterwards."""
+        if path not in self._arrays:
+            leaf = self._writer._leaves[path]
+            metadata = {
+                "shape": leaf.shape,
+                "chunks": [max(1, n) for n in self._writer._chunks[path]],
+                "dtype": leaf.dtype.name if leaf.dtype.name == "bfloat16" else leaf.dtype.newbyteorder("<").str,
+                "compressor": None,
+                "fill_value": None,
+                "order": "C",
+                "filters": None,
+            }
+            store = {
+                "driver": "ocdbt",
+                "base": f"file://{self._folder}/",
+                "config": {"compression": {"id": "zstd"}},
+                "path": path.replace("/", ".") + "/",
+            }
+            spec = {
+                "driver": "zarr",
+                "kvstore": store,
+                "metadata": metadata,
+                "store_data_equal_to_fill_value": True,
+            }
+            self._arrays[path] = ts.open(spec, create=True, open=True, context=self._writer._context).result()
+        array = self._arrays[path]
+        future = array[region].write(values, can_reference_source_data_indefinitely=True)
+        self._pending.append((future, values.nbytes))
+        self._bytes += values.nbytes
+        while self._bytes > _PENDING:
+            self._next()
+
+    def wait(self) -> None:
+        """Until everything is written."""
+        while self._pending:
+            self._next()
+
+    def _next(self) -> None:
+        future, size = self._pending.popleft()
+        future.result()
+        self._bytes -= size
+
+
+def sync(folder: Path) -> None:
+    """Every file under `folder`, and the folders, to the disk."""
+    for base, _, names in os.walk(folder):
+        for name in (*names, "."):
+            handle = os.open(os.path.join(base, name), os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)

@@ -1,0 +1,179 @@
+"""One door to weights: "tiny", a model folder, a pipeline folder of diffusers, or a name on the model hub."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from tqdm import tqdm
+
+from refine_jax import checkpoint, flow, parallel, prompts
+from refine_jax.convert import diffusers_folder, lora
+from refine_jax.convert.writer import copy_into
+from refine_jax.errors import RefineError
+from refine_jax.model import ModelConfig
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "weights/**", "tokenizer/**"]
+_DTYPES = ("float32", "bfloat16")
+# Files distilled to few steps say so in their names: "Qwen-Image-Edit-2511-Lightning-8steps-V1.0-bf16.safetensors".
+_LIGHTNING = re.compile(r"lightning.*?(\d+)[\s_-]*steps?", re.IGNORECASE)
+
+LoraLike = str | os.PathLike | tuple[str | os.PathLike, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A model in memory: configuration, trees under "mmdit", "vae", "vl", LoRA trees under the same names."""
+
+    config: ModelConfig
+    variables: dict[str, Any]
+    lora: dict[str, Any]
+    tokenizer: Any
+
+
+def load(
+    model: str | os.PathLike,
+    *,
+    dtype: str = "float32",
+    vae_area: int | None = None,
+    condition_area: int | None = None,
+    scheduler: str | None = None,
+    adapters: LoraLike | Sequence[LoraLike] = (),
+    merge: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: parallel.Rules = parallel.DEFAULT_RULES,
+    progress: bool = False,
+) -> Loaded:
+    """Load a model; the arguments are those of `Refiner.load`."""
+    if dtype not in _DTYPES:
+        raise RefineError(f"dtype {dtype!r}: give 'float32' or 'bfloat16'")
+    if scheduler not in (None, "released", "checkpoint"):
+        raise RefineError(f"scheduler {scheduler!r}: give 'released' or 'checkpoint'")
+    given = _adapters(adapters)
+    folder = resolve(model)
+    settings = {name: value for name, value in (("vae_area", vae_area), ("condition_area", condition_area)) if value}
+    pipeline, kinds = None, dict(dtype=dtype, param_dtype=dtype)
+    if (folder / checkpoint.MANIFEST).is_file() or not (folder / diffusers_folder.MODEL_INDEX).is_file():
+        manifest = checkpoint.read_manifest(folder)
+        config = ModelConfig.from_manifest(manifest, **settings)
+        parts = {name: dataclasses.replace(getattr(config, name), **kinds) for name in ("mmdit", "vae", "vl")}
+        config, foreign = dataclasses.replace(config, **parts), "source" in manifest
+    else:
+        pipeline = diffusers_folder.read_pipeline(folder)
+        config, foreign = pipeline.model(**kinds, **settings), True
+    config = _sampling(config, foreign if scheduler is None else scheduler == "released", [path for path, _ in given])
+
+    tokenizer = prompts.load_tokenizer(folder / "tokenizer")
+    abstract = config.abstract()
+    extra: dict[str, Any] = {}
+    if given:  # read before the weights: a bad file costs no time
+        read = [lora.read_adapter(path, abstract) for path, _ in given]
+        extra = lora.combine(read, [weight for _, weight in given])
+    shardings = config.shardings(mesh, rules)
+    if pipeline is not None:
+        variables = _load_pipeline(pipeline, abstract, shardings, dtype, progress)
+    else:
+        variables = checkpoint.load_weights(folder, abstract, dtype, shardings, progress)
+    if extra and merge:
+        return Loaded(config, lora.merge(variables, extra), {}, tokenizer)
+    extra = jax.tree.map(lambda x: np.asarray(x).astype(dtype), extra)
+    return Loaded(config, variables, parallel.place(extra, mesh), tokenizer)
+
+
+def resolve(model: str | os.PathLike) -> Path:
+    """The folder of a model; downloads a name of the model hub ("owner/name" or "owner/name@revision")."""
+    folder = Path(__file__).parent / "assets" / "tiny" if model == "tiny" else Path(model)
+    try:
+        found = folder.is_dir()
+    except (OSError, ValueError):  # a name that no file system can hold
+        found = False
+    if found:
+        return folder
+    if model == "tiny":
+        raise RefineError(
+            "model 'tiny': this installation holds no bundled model; train it (configs/tiny_vae.py, then"
+            " configs/tiny.py) and give the folder that the run wrote, WORKDIR/model"
+        )
+    if not isinstance(model, str) or not _HUB_NAME.fullmatch(model):
+        raise RefineError(f"model {str(model)!r}: no such model; give 'tiny', the folder of a model, or owner/name")
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = model.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the network's, the hub's and the file system's, all of other classes
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise RefineError(
+            f"model {model!r}: is no folder here, and cannot be had from the model hub ({type(error).__name__}: "
+            f"{reason}); download it elsewhere and give its folder"
+        ) from None
+
+
+def _adapters(given: LoraLike | Sequence[LoraLike]) -> list[tuple[Path, float]]:
+    """One adapter or several, each with its weight."""
+    single = isinstance(given, (str, os.PathLike))
+    single |= isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], (int, float))
+    found = []
+    for item in [given] if single else given:
+        path, weight = item if isinstance(item, tuple) else (item, 1.0)
+        if not isinstance(weight, (int, float)) or not np.isfinite(weight):
+            raise RefineError(f"lora {str(path)!r}: weight {weight!r}, give a finite number")
+        found.append((Path(path), float(weight)))
+    return found
+
+
+def _sampling(config: ModelConfig, released: bool, adapters: Sequence[Path]) -> ModelConfig:
+    """The sampler's defaults: RefineAnything's for a foreign checkpoint, and a Lightning adapter's few steps."""
+    if released:
+        config = dataclasses.replace(
+            config, scheduler=flow.SCHEDULERS["refineanything"], steps=28, true_cfg_scale=4.0, negative_prompt=" "
+        )
+    for path in adapters:
+        names = [path.name, *(sorted(p.name for p in path.glob("*.safetensors")) if path.is_dir() else ())]
+        if steps := next((int(found[1]) for name in names if (found := _LIGHTNING.search(name))), None):
+            config = dataclasses.replace(config, steps=steps, true_cfg_scale=1.0)
+    return config
+
+
+def _load_pipeline(
+    pipeline: diffusers_folder.Pipeline, abstract: Mapping[str, Any], shardings: Any, dtype: str, progress: bool
+) -> dict[str, Any]:
+    """The tensors of a pipeline folder, one at a time, each straight to the devices that hold a part of it."""
+    total = sum(t.nbytes for leaves in pipeline.leaves.values() for leaf in leaves.values() for _, t, _ in leaf.pieces)
+    trees = {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
+        for network, leaves in pipeline.leaves.items():
+            placed = traverse_util.flatten_dict(shardings[network], sep="/")
+            flat = {}
+            for path, leaf in leaves.items():
+                flat[path] = _load_leaf(leaf, placed[path], dtype, bar)
+            trees[network] = traverse_util.unflatten_dict(flat, sep="/")
+    return trees
+
+
+def _load_leaf(leaf: diffusers_folder.Leaf, sharding: Any, dtype: str, bar: tqdm) -> jax.Array:
+    shape = leaf.abstract.shape
+    regions = {}  # a region that several devices hold is made once
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        region = tuple(range(*axis.indices(size)) for axis, size in zip(index, shape))
+        regions.setdefault(region, []).append(device)
+    parts = {region: np.empty([len(axis) for axis in region], dtype) for region in regions}
+    for block, tensor, how in leaf.pieces:
+        made = how.forward(tensor.read())
+        for region, part in parts.items():
+            inner = region if block is None else region[1:]
+            if block is not None and block not in region[0]:
+                continue
+            cut = made[tuple(slice(axis.start, axis.stop) for axis in inner)]
+            copied = np.empty(cut.shape, cut.dtype)
+            copy_into(copied, cut)
+            part[... if block is None else block - region[0].start] = copied
+        bar.update(tensor.nbytes)
+    arrays = [jax.device_put(parts[region], device) for region, devices in regions.items() for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
