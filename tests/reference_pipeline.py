@@ -1,6 +1,9 @@
 """diffusers' `QwenImageEditPlusPipeline` from small random parts, offline, with the released geometry around it."""
 
 import contextlib
+import dataclasses
+import functools
+import itertools
 import json
 import math
 import shutil
@@ -17,10 +20,13 @@ from diffusers import (
 )
 from PIL import Image, ImageFilter
 from reference_utils import numpy_state, randomise
+from safetensors.numpy import save_file
 from transformers import AutoTokenizer, BatchFeature, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from refine_jax.convert.convert import convert
 from refine_jax.prompts import IMAGE_TOKEN, SPECIAL_TOKENS, byte_tokenizer
+from refine_jax.refine import Refiner
 
 SCHEDULER = dict(  # the released one: μ = log 3 whatever the size
     base_shift=math.log(3),
@@ -221,3 +227,145 @@ def save_pipeline(pipe, folder, shard: str = "30KB") -> None:
         "vae": ["diffusers", "AutoencoderKLQwenImage"],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+# -------------------------------------------------------------------------------------------------------- LoRA adapters
+
+ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+EVERYTHING = (
+    *ATTENTION,
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2", "img_mod.1", "txt_mod.1"),
+)
+
+
+def random_lora(pipe, path, seed: int, rank: int, targets: tuple[str, ...], lightning: bool = False) -> None:
+    """An adapter that visibly changes the result, named as RefineAnything's (PEFT) or as Lightning's."""
+    rng = np.random.default_rng(seed)
+    names = ("lora_down", "lora_up") if lightning else ("lora_A", "lora_B")
+    tensors = {}
+    for name, module in pipe.transformer.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.endswith(targets) and name.startswith("transformer_blocks."):
+            prefix = name if lightning else f"transformer.{name}"
+            down = rng.normal(0, 0.6 / math.sqrt(module.in_features), (rank, module.in_features))
+            up = rng.normal(0, 0.6 / math.sqrt(rank), (module.out_features, rank))
+            tensors[f"{prefix}.{names[0]}.weight"] = down.astype(np.float32)
+            tensors[f"{prefix}.{names[1]}.weight"] = up.astype(np.float32)
+            if lightning:
+                tensors[f"{prefix}.alpha"] = np.array(rank / 2, np.float32)
+    save_file(tensors, path)
+
+
+# ----------------------------------------------------------------------------------------------------------- the matrix
+
+PARITY_AREAS = dict(vae_area=64 * 64, condition_area=96 * 96)
+LORA_WEIGHTS = (1.0, 0.7)
+
+
+def picture(seed: int, width: int, height: int) -> np.ndarray:
+    """A picture with smooth parts, edges and a little noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / rng.uniform(3, 20) + k) * np.cos(y / rng.uniform(3, 20)) for k in range(3)]
+    made = 128 + 90 * np.stack(waves, -1) + rng.normal(0, 8, (height, width, 3))
+    made[height // 3 : height // 2, width // 4 : width // 2] = rng.integers(0, 256, 3)
+    return np.clip(made, 0, 255).astype(np.uint8)
+
+
+def scribble(seed: int, width: int, height: int, box: tuple[int, int, int, int]) -> np.ndarray:
+    """A ragged mask that touches all sides of `box`."""
+    rng = np.random.default_rng(seed)
+    x1, y1, x2, y2 = box
+    mask = np.zeros((height, width), np.uint8)
+    mask[y1:y2, x1:x2] = np.where(rng.random((y2 - y1, x2 - x1)) < 0.6, 255, 0)
+    mask[y1, x1] = mask[y2 - 1, x2 - 1] = 255
+    return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One cell of the matrix. guidance: None or the negative prompt; loras: how many adapters."""
+
+    aspect: str
+    reference: bool
+    guidance: str | None
+    zero_cond_t: bool
+    focus: bool
+    loras: int
+
+    def request(self) -> dict:
+        """The arguments that both pipelines share, as arrays."""
+        seed = sorted(SCENES).index(self.aspect)
+        (width, height), box = SCENES[self.aspect]
+        request = dict(
+            image=picture(seed, width, height),
+            mask_or_box=scribble(seed + 10, width, height, box),
+            prompt=("Refine the text 'OPEN'", "é 中文", "Refine the LOGO: " + 9 * "white letters, ")[seed],
+        )
+        if self.reference:
+            request["reference"] = picture(seed + 20, *((70, 60), (50, 110), (96, 64))[seed])
+        return request
+
+
+# aspect -> (width, height) of the picture, box of the mask; both the picture and the focus crop are of that aspect.
+SCENES = {
+    "landscape": ((230, 90), (60, 30, 170, 60)),
+    "portrait": ((90, 230), (30, 70, 60, 170)),
+    "square": ((150, 130), (60, 50, 90, 78)),
+}
+MATRIX = tuple(
+    Case(*values)
+    for values in itertools.product(SCENES, (False, True), (None, "blurred"), (False, True), (True, False), (0, 1, 2))
+)
+
+
+class Pair:
+    """diffusers' pipeline and ours on the same folders: a pipeline in the true layout, converted, and two adapters."""
+
+    def __init__(self, folder, zero_cond_t: bool):
+        self.pipe = tiny_pipeline(folder / "plain", 20, zero_cond_t=zero_cond_t)
+        save_pipeline(self.pipe, folder / "source")
+        self.converted = convert(folder / "source", folder / "converted")
+        self.adapters = [folder / "refine.safetensors", folder / "few.safetensors"]
+        random_lora(self.pipe, self.adapters[0], 1, 4, ATTENTION)
+        random_lora(self.pipe, self.adapters[1], 2, 3, EVERYTHING, lightning=True)
+        for adapter in self.adapters:
+            self.pipe.load_lora_weights(folder, weight_name=adapter.name, adapter_name=adapter.stem)
+        self.refiner = functools.cache(self._refiner)
+
+    def _refiner(self, loras: int, merge: bool = False) -> Refiner:
+        chosen = list(zip(self.adapters[:loras], LORA_WEIGHTS))
+        return Refiner.load(self.converted, lora=chosen, merge_lora=merge, **PARITY_AREAS)
+
+    def compare(
+        self,
+        case: Case,
+        steps: int = 2,
+        merge: bool = False,
+        adapters: list[str] | None = None,
+        refiner: Refiner | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, dict]:
+        """(ours, theirs, request): results as int arrays. adapters, refiner: in place of the case's own."""
+        request = case.request()
+        if case.loras:
+            names, weights = [a.stem for a in self.adapters[: case.loras]], list(LORA_WEIGHTS[: case.loras])
+            self.pipe.enable_lora()
+            self.pipe.set_adapters(adapters or names, [1.0] * len(adapters) if adapters else weights)
+        else:
+            self.pipe.disable_lora()
+        scale, negative = (1.0, None) if case.guidance is None else (3.0, case.guidance)
+        common = dict(steps=steps, true_cfg_scale=scale, negative_prompt=negative, focus=case.focus)
+        refiner = refiner or self.refiner(case.loras, merge)
+        (width, height), _ = SCENES[case.aspect]
+        box = refiner._focus(request["mask_or_box"], (width, height), 64.0) if case.focus else (0, 0, width, height)
+        size = refiner.model.vae_size(float(box[2] - box[0]) / float(box[3] - box[1]))
+        shape = (*refiner.model.latent_size(size), refiner.model.vae.z_dim)
+        common["noise"] = np.random.default_rng(4).standard_normal(shape, dtype=np.float32)
+        images = {
+            "image": Image.fromarray(request["image"]),
+            "mask": Image.fromarray(request["mask_or_box"]),
+            "reference": Image.fromarray(request["reference"]) if case.reference else None,
+        }
+        theirs = released_refine(self.pipe, prompt=request["prompt"], **images, **PARITY_AREAS, **common)
+        ours = refiner.refine(**request, **common)
+        return np.asarray(ours, int), np.asarray(theirs, int), request

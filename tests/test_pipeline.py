@@ -1,63 +1,36 @@
 """The whole path from pixels to pixels against diffusers' pipeline (rung 3), and what must not change a result."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
-from reference_pipeline import parts_of, released_refine, tiny_pipeline
+from reference_pipeline import MATRIX, Case, Pair, picture, scribble
 
 from refine_jax import focus
 from refine_jax import refine as program
-from refine_jax.convert.diffusers_folder import from_tensors, model_config
+from refine_jax.convert import lora
 from refine_jax.errors import RefineError
-from refine_jax.prompts import load_tokenizer
+from refine_jax.models.mmdit import MMDiT
 from refine_jax.refine import Refiner
 
-VAE_AREA, CONDITION_AREA = 64 * 64, 96 * 96
 
-
-def scene(seed: int, width: int, height: int) -> np.ndarray:
-    """A picture with smooth parts, edges and a little noise."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    waves = [np.sin(x / rng.uniform(3, 20) + k) * np.cos(y / rng.uniform(3, 20)) for k in range(3)]
-    picture = 128 + 90 * np.stack(waves, -1) + rng.normal(0, 8, (height, width, 3))
-    picture[height // 3 : height // 2, width // 4 : width // 2] = rng.integers(0, 256, 3)
-    return np.clip(picture, 0, 255).astype(np.uint8)
-
-
-def scribble(seed: int, width: int, height: int, box: tuple[int, int, int, int]) -> np.ndarray:
-    """A ragged mask that touches all sides of `box`."""
-    rng = np.random.default_rng(seed)
-    x1, y1, x2, y2 = box
-    mask = np.zeros((height, width), np.uint8)
-    mask[y1:y2, x1:x2] = np.where(rng.random((y2 - y1, x2 - x1)) < 0.6, 255, 0)
-    mask[y1, x1] = mask[y2 - 1, x2 - 1] = 255
-    return mask
-
-
-@functools.cache
-def made(folder, zero_cond_t: bool):
-    """(diffusers' pipeline, our Refiner) on the same random weights."""
-    pipe = tiny_pipeline(folder, 20, zero_cond_t=zero_cond_t)
-    configs, tensors = parts_of(pipe)
-    model = model_config(configs, vae_area=VAE_AREA, condition_area=CONDITION_AREA)
-    assert model.mmdit.zero_cond_t == zero_cond_t
-    return pipe, Refiner(model, from_tensors(model, tensors), load_tokenizer(folder))
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """zero_cond_t -> diffusers' pipeline and ours on the same folders."""
+    return functools.cache(lambda zero_cond_t: Pair(tmp_path_factory.mktemp("pair"), zero_cond_t))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tokenizer")
-
-
-@pytest.fixture(scope="module")
-def refiner(folder):
-    return made(folder, True)[1]
+def refiner(pairs):
+    return pairs(True).refiner(0)
 
 
 # Compiling is most of the time here, and the arithmetic is the same at any level.
@@ -89,81 +62,88 @@ def noise_for(refiner: Refiner, size: tuple[int, int], seed: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------- rung 3: parity
 
 SHORT, LONG = "Refine the text 'OPEN'", "Refine the text 'OPEN': " + 12 * "white letters, "
-SQUARE = dict(image=scene(1, 150, 130), mask_or_box=scribble(2, 150, 130, (60, 50, 90, 78)), prompt=SHORT)
+SQUARE = dict(image=picture(1, 150, 130), mask_or_box=scribble(2, 150, 130, (60, 50, 90, 78)), prompt=SHORT)
 SQUARE_WITH_REFERENCE = dict(
-    image=scene(5, 300, 280),
+    image=picture(5, 300, 280),
     mask_or_box=scribble(6, 300, 280, (100, 90, 170, 168)),
     prompt=LONG,
-    reference=scene(7, 70, 60),
+    reference=picture(7, 70, 60),
 )
 
-# request, (true CFG, negative prompt), zero_cond_t, focus, size (h, w) at which it is made
-CASES = {
-    "square": (SQUARE, (1.0, None), True, True, (64, 64)),
-    "square, reference, long prompt": (SQUARE_WITH_REFERENCE, (1.0, None), True, True, (64, 64)),
-    "wide, portrait reference, guided": (
-        dict(
-            image=scene(8, 240, 110),
-            mask_or_box=scribble(9, 240, 110, (80, 40, 170, 60)),
-            prompt="Refine the LOGO.",
-            reference=scene(10, 50, 110),
-        ),
-        (4.0, "blurred"),
-        True,
-        True,
-        (32, 96),
-    ),
-    "wide, whole picture": (
-        dict(image=scene(11, 170, 64), mask_or_box=scribble(12, 170, 64, (100, 20, 140, 50)), prompt="é 中文"),
-        (1.0, None),
-        False,
-        False,
-        (32, 96),
-    ),
-    "tall, guided": (
-        dict(image=scene(13, 90, 200), mask_or_box=scribble(14, 90, 200, (35, 60, 60, 130)), prompt=SHORT),
-        (3.0, " "),
-        False,
-        True,
-        (96, 32),
-    ),
-    "tall, whole picture, reference, guided": (
-        dict(
-            image=scene(15, 60, 130),
-            mask_or_box=scribble(16, 60, 130, (10, 30, 40, 60)),
-            prompt=SHORT,
-            reference=scene(17, 96, 96),
-        ),
-        (2.5, " "),
-        False,
-        False,
-        (96, 32),
-    ),
-}
+
+def pairwise(cases) -> list[Case]:
+    """Few cells of the matrix in which any two settings meet (`tools/parity.py` runs all of them)."""
+    settings_of = lambda case: [(f.name, getattr(case, f.name)) for f in dataclasses.fields(case)]
+    meetings = lambda case: set(itertools.combinations(settings_of(case), 2))
+    missing, chosen = set().union(*map(meetings, cases)), []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(meetings(case) & missing)))
+        missing -= meetings(chosen[-1])
+    return chosen
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_equals_the_reference_pipeline(folder, name):
-    request, (scale, negative), zero_cond_t, focus, size = CASES[name]
-    pipe, refiner = made(folder, zero_cond_t)
-    noise = noise_for(refiner, size, 4)
-    settings = dict(steps=2, true_cfg_scale=scale, negative_prompt=negative, noise=noise, focus=focus)
-    picture, mask, reference = request["image"], request["mask_or_box"], request.get("reference")
-    theirs = released_refine(
-        pipe,
-        Image.fromarray(picture),
-        Image.fromarray(mask),
-        request["prompt"],
-        None if reference is None else Image.fromarray(reference),
-        vae_area=VAE_AREA,
-        condition_area=CONDITION_AREA,
-        **settings,
-    )
-    ours = refiner.refine(**request, **settings)
-    ours, theirs = np.asarray(ours, int), np.asarray(theirs, int)
-    made_of = theirs[mask > 0]
-    assert (made_of != picture[mask > 0]).mean() > 0.9 and made_of.std() > 20, "something was made"
+@pytest.mark.parametrize("case", sorted(pairwise(MATRIX), key=lambda c: (c.zero_cond_t, c.loras)), ids=str)
+def test_equals_the_reference_pipeline(pairs, case):
+    ours, theirs, request = pairs(case.zero_cond_t).compare(case)
+    made_of = theirs[request["mask_or_box"] > 0]
+    assert (made_of != request["image"][request["mask_or_box"] > 0]).mean() > 0.9 and made_of.std() > 20
     assert np.abs(ours - theirs).max() <= 1
+
+
+def test_merged_adapters_give_the_live_ones_picture(pairs):
+    case = Case("square", False, None, True, True, 2)
+    live, _, _ = pairs(True).compare(case)
+    merged, _, _ = pairs(True).compare(case, merge=True)
+    plain, _, _ = pairs(True).compare(dataclasses.replace(case, loras=0))
+    assert np.abs(live - merged).max() <= 1 < 10 < np.abs(live - plain).max()
+
+
+@pytest.mark.parametrize("dialect", ["peft", "comfyui"])
+def test_an_adapter_trained_here_goes_to_diffusers_and_back(pairs, tmp_path, dialect):
+    """Trained by gradient descent on the velocity, exported, loaded by diffusers' own loader."""
+    pair = pairs(True)
+    base = pair.refiner(0)
+    adapter = trained_adapter(base, seed=3)
+    lora.write_adapter(tmp_path / "trained.safetensors", {"mmdit": adapter}, dialect)
+    again = lora.read_adapter(tmp_path / "trained.safetensors", base.model.abstract()).trees["mmdit"]
+    assert jax.tree.structure(again) == jax.tree.structure(adapter)
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+    pair.pipe.load_lora_weights(tmp_path, weight_name="trained.safetensors", adapter_name=f"trained_{dialect}")
+    case = Case("square", True, None, True, True, 1)
+    ours = Refiner(base.model, base.variables, base.tokenizer, {"mmdit": adapter})
+    ours, theirs, _ = pair.compare(case, adapters=[f"trained_{dialect}"], refiner=ours)
+    plain, _, _ = pair.compare(dataclasses.replace(case, loras=0))
+    assert np.abs(ours - theirs).max() <= 1 < 10 < np.abs(ours - plain).max()
+
+
+def trained_adapter(refiner: Refiner, seed: int):
+    """A few steps of Adam on a LoRA of the attention projections; the base stays as it is."""
+    model, rng = refiner.model.mmdit, np.random.default_rng(seed)
+    shapes = {
+        name: refiner.variables["mmdit"]["blocks"]["attn"][name]["kernel"].shape
+        for name in ("to_q", "to_k", "to_v", "to_out")
+    }
+    draw = lambda *shape: rng.normal(0, 0.3, shape).astype(np.float32)
+    tree = {name: {"a": draw(n, i, 4), "b": np.zeros((n, 4, o), np.float32)} for name, (n, i, o) in shapes.items()}
+    latents, text = draw(2, 8, model.in_channels), draw(2, 3, model.joint_attention_dim)
+    wanted = draw(2, 4, model.in_channels) * 5
+    positions = np.zeros((2, 8, 3), np.int32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(tree):
+        collections = {"params": refiner.variables["mmdit"], "lora": {"blocks": {"attn": tree}}}
+        made = MMDiT(model).apply(
+            collections, latents, text, np.full(2, 0.5), positions, np.zeros((2, 3), np.int32), target_length=4
+        )
+        return jnp.mean(jnp.square(made - wanted))
+
+    optimizer = optax.adam(0.1)
+    state = optimizer.init(tree)
+    for _ in range(5):
+        updates, state = optimizer.update(gradient(tree), state)
+        tree = optax.apply_updates(tree, updates)
+    return {"blocks": {"attn": jax.tree.map(np.asarray, tree)}}
 
 
 # ---------------------------------------------------------------------------------------- what must not change a result

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from refine_jax import checkpoint, prompts
 from refine_jax.convert import diffusers_folder, reader
 from refine_jax.convert.mapping import Transform
-from refine_jax.convert.writer import Writer, chunk_shape, copy_into, sync
+from refine_jax.convert.writer import Part, Writer, chunk_shape, sync
 from refine_jax.errors import RefineError
 
 _PART = 1 << 30  # bytes of tensors in one part
@@ -131,18 +131,13 @@ def _convert(pipeline: diffusers_folder.Pipeline, leaves: Any, aside: Path, prog
     (aside / _PLAN).unlink()
 
 
-def _put(out: Any, piece: _Piece, values: np.ndarray, leaf: diffusers_folder.Leaf) -> None:
+def _put(out: Part, piece: _Piece, values: np.ndarray, leaf: diffusers_folder.Leaf) -> None:
     """Transform the rows of a piece and hand them to the part that is being written."""
     made = piece.how.forward(values)
-    array = made
-    if not made.flags.c_contiguous:
-        array = np.empty(made.shape, made.dtype)
-        copy_into(array, made)
-    region: list[Any] = [] if piece.index is None else [piece.index]
-    axes = [slice(None)] * array.ndim
+    origin = [0] * made.ndim
     if piece.last is not None:
-        axes[piece.how.axis] = slice(piece.first, piece.last)
-    out.put(leaf.path, tuple(region + axes), array)
+        origin[piece.how.axis] = piece.first
+    out.put(leaf.path, (*origin,) if piece.index is None else (piece.index, *origin), made)
 
 
 def _parts(
@@ -182,41 +177,60 @@ def _slabs(
 
 
 class _Hasher:
-    """SHA-256 of whole files whose tensors come in order."""
+    """SHA-256 of whole files whose tensors come in order; a thread of its own."""
 
     def __init__(self, hashes: dict[str, str], folder: Path):
         self._hashes, self._folder = hashes, folder
         self._file: Path | None = None
         self._digest: Any = None
+        self._thread = ThreadPoolExecutor(1)
 
-    def update(self, tensor: reader.Tensor, data: np.ndarray) -> None:
+    def submit(self, tensor: reader.Tensor, data: np.ndarray) -> Any:
+        """Hash `data` in its turn; a future that is done when `data` may change."""
+        return self._thread.submit(self._update, tensor, data)
+
+    def _update(self, tensor: reader.Tensor, data: np.ndarray) -> None:
         if tensor.file != self._file:
-            self.close()
+            self._finish()
             self._file, self._digest = tensor.file, hashlib.sha256()
             with open(tensor.file, "rb") as file:  # all before the first tensor is the header
                 self._digest.update(file.read(tensor.offset))
         self._digest.update(data.reshape(-1).view(np.uint8))
 
-    def close(self) -> None:
+    def _finish(self) -> None:
         if self._file is not None:
             self._hashes[self._file.relative_to(self._folder).as_posix()] = self._digest.hexdigest()
         self._file = None
 
+    def close(self) -> None:
+        """After the last tensor."""
+        self._thread.shutdown()
+        self._finish()
+
 
 def _read(part: list[_Piece], hasher: _Hasher, pool: ThreadPoolExecutor) -> Iterator[tuple[_Piece, np.ndarray]]:
-    """Each piece with its rows, hashed; the next one is read meanwhile."""
+    """Each piece with its rows, while the next one is read and this one hashed.
 
-    def load(piece: _Piece) -> np.ndarray:
-        data = piece.tensor.read(piece.first, piece.last)
-        hasher.update(piece.tensor, data)
-        return data
+    The rows lie in one of three buffers and are overwritten by the third piece after them.
+    """
+    buffers = [np.empty(max((piece.nbytes for piece in part), default=0), np.uint8) for _ in range(3)]
+    hashing: list[Any] = []
 
-    ahead = pool.submit(load, part[0]) if part else None
+    def load(k: int) -> np.ndarray:
+        if k >= len(buffers):
+            hashing[k - len(buffers)].result()
+        piece = part[k]
+        return piece.tensor.read(piece.first, piece.last, buffers[k % len(buffers)])
+
+    ahead = pool.submit(load, 0) if part else None
     for k, piece in enumerate(part):
         values = ahead.result()
+        hashing.append(hasher.submit(piece.tensor, values))
         if k + 1 < len(part):
-            ahead = pool.submit(load, part[k + 1])
+            ahead = pool.submit(load, k + 1)
         yield piece, values
+    for future in hashing:
+        future.result()
 
 
 def _fingerprint(pipeline: diffusers_folder.Pipeline) -> dict[str, Any]:

@@ -57,15 +57,16 @@ class Tensor:
         """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
-        """Rows `first` to `last` of axis 0 (default: all), a fresh array of the stored dtype."""
+    def read(self, first: int = 0, last: int | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
+        """Rows `first` to `last` of axis 0 (default: all), of the stored dtype, in `buffer` [bytes] uint8 or fresh."""
         shape = self.shape
         skipped = 0
         if shape:
             last = shape[0] if last is None else last
             row = math.prod(shape[1:]) * self.dtype.itemsize
             shape, skipped = (last - first, *shape[1:]), first * row
-        data = np.empty(math.prod(shape) * self.dtype.itemsize, np.uint8)
+        size = math.prod(shape) * self.dtype.itemsize
+        data = np.empty(size, np.uint8) if buffer is None else buffer[:size]
         with open(self.file, "rb", buffering=0) as file:
             file.seek(self.offset + skipped)
             view, done = memoryview(data), 0

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ class Writer:
         self._chunks = {
             path: chunk_shape(leaf.shape, leaf.dtype.itemsize, path in stacked) for path, leaf in leaves.items()
         }
-        self._context = ts.Context({"file_io_sync": False, "cache_pool": {"total_bytes_limit": 0}})
+        self._context = ts.Context({"file_io_sync": False})
+        self._disk = ThreadPoolExecutor(1)  # waits for the disk while the next part is made
+        self._syncing: Future | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     def is_done(self, part: int) -> bool:
@@ -92,11 +95,23 @@ class Writer:
         writing = Part(self, aside)
         yield writing
         writing.wait()
-        sync(aside)
-        os.replace(aside, final)
+        self._settle()
+
+        def settle() -> None:
+            sync(aside)
+            os.replace(aside, final)
+
+        self._syncing = self._disk.submit(settle)
+
+    def _settle(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+        self._syncing = None
 
     def finish(self, parts: int) -> None:
         """Join the parts into one checkpoint. Raises `RefineError` when a chunk was never written."""
+        self._settle()
+        self._disk.shutdown()
         for name in ("d", "manifest.ocdbt"):  # of a join that was killed
             path = self._folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -178,56 +193,60 @@ class Writer:
 
 
 class Part:
-    """What `Writer.part` gives: takes the pieces of leaves."""
+    """What `Writer.part` gives: takes the pieces of leaves.
+
+    Chunks are stored as they are, so they are cut out here and go to the key-value store directly: the array driver
+    would copy each of them twice more.
+    """
 
     def __init__(self, writer: Writer, folder: Path):
         self._writer, self._folder = writer, folder
-        self._arrays: dict[str, ts.TensorStore] = {}
+        self._store = writer._open(folder)
+        self._described: set[str] = set()
         self._pending: deque[tuple[ts.Future, int]] = deque()
-        self._bytes = 0
 
-    def put(self, path: str, region: Any, values: np.ndarray) -> None:
-        """`leaf[region] = values`; `values` must not be changed afterwards."""
-        if path not in self._arrays:
-            leaf = self._writer._leaves[path]
-            metadata = {
-                "shape": leaf.shape,
-                "chunks": [max(1, n) for n in self._writer._chunks[path]],
-                "dtype": leaf.dtype.name if leaf.dtype.name == "bfloat16" else leaf.dtype.newbyteorder("<").str,
-                "compressor": None,
-                "fill_value": None,
-                "order": "C",
-                "filters": None,
-            }
-            store = {
-                "driver": "ocdbt",
-                "base": f"file://{self._folder}/",
-                "config": {"compression": {"id": "zstd"}},
-                "path": path.replace("/", ".") + "/",
-            }
-            spec = {
-                "driver": "zarr",
-                "kvstore": store,
-                "metadata": metadata,
-                "store_data_equal_to_fill_value": True,
-            }
-            self._arrays[path] = ts.open(spec, create=True, open=True, context=self._writer._context).result()
-        array = self._arrays[path]
-        future = array[region].write(values, can_reference_source_data_indefinitely=True)
-        self._pending.append((future, values.nbytes))
-        self._bytes += values.nbytes
-        while self._bytes > _PENDING:
-            self._next()
+    def put(self, path: str, origin: tuple[int, ...], values: np.ndarray) -> None:
+        """`leaf[origin:origin + shape] = values`; both ends at borders of chunks. `values` is copied."""
+        chunk = self._writer._chunks[path]
+        values = values.reshape((1,) * (len(chunk) - values.ndim) + values.shape)
+        name = path.replace("/", ".")
+        transaction = ts.Transaction()
+        store = self._store.with_transaction(transaction)
+        if path not in self._described:
+            self._described.add(path)
+            store.write(f"{name}/.zarray".encode(), self._describe(path))
+        first = [o // c for o, c in zip(origin, chunk)]
+        for place in np.ndindex(*[-(-n // c) for n, c in zip(values.shape, chunk)]):
+            piece = values[tuple(slice(k * c, (k + 1) * c) for k, c in zip(place, chunk))]
+            matrix = piece.reshape(piece.shape[-2:]) if piece.ndim > 1 and math.prod(piece.shape[:-2]) == 1 else piece
+            block = np.empty(matrix.shape, matrix.dtype)
+            copy_into(block, matrix)
+            key = ".".join(str(f + k) for f, k in zip(first, place))
+            store.write(f"{name}/{key}".encode(), block.tobytes())
+        self._pending.append((transaction.commit_async(), values.nbytes))
+        while sum(size for _, size in self._pending) > _PENDING:
+            self._pending.popleft()[0].result()
 
     def wait(self) -> None:
         """Until everything is written."""
         while self._pending:
-            self._next()
+            self._pending.popleft()[0].result()
 
-    def _next(self) -> None:
-        future, size = self._pending.popleft()
-        future.result()
-        self._bytes -= size
+    def _describe(self, path: str) -> bytes:
+        """The array's metadata, zarr version 2."""
+        leaf = self._writer._leaves[path]
+        metadata = {
+            "zarr_format": 2,
+            "shape": list(leaf.shape),
+            "chunks": list(self._writer._chunks[path]),
+            "dtype": "bfloat16" if leaf.dtype.name == "bfloat16" else leaf.dtype.newbyteorder("<").str,
+            "compressor": None,
+            "fill_value": None,
+            "order": "C",
+            "filters": None,
+            "dimension_separator": ".",
+        }
+        return json.dumps(metadata, sort_keys=True).encode()
 
 
 def sync(folder: Path) -> None:

@@ -99,16 +99,17 @@ def _softened(*first: Callable) -> Callable:
     return apply
 
 
-# name -> (share, function). "wrong" begins with a picture of other letters, which the caller draws.
+# name -> (share, function). "wrong" begins with a picture of other letters, which the caller draws. Most are garbled
+# strokes, as generated pictures have them (the paper degrades with an inpainter), fewer are lost ones.
 DEGRADATIONS: dict[str, tuple[float, Callable]] = {
-    "resample": (0.20, resample),
-    "blur": (0.08, blur),
-    "warp": (0.12, _softened(warp)),
-    "smear": (0.12, smear),
-    "slices": (0.08, _softened(slices)),
-    "wrong": (0.22, _mild),
-    "wrong+warp": (0.06, warp),
-    "warp+resample": (0.12, lambda rng, image, letter: resample(rng, warp(rng, image, letter), letter, (4.5, 6.5))),
+    "resample": (0.08, resample),
+    "blur": (0.04, blur),
+    "warp": (0.22, _softened(warp)),
+    "smear": (0.06, smear),
+    "slices": (0.10, _softened(slices)),
+    "wrong": (0.26, _mild),
+    "wrong+warp": (0.14, warp),
+    "warp+resample": (0.10, lambda rng, image, letter: resample(rng, warp(rng, image, letter), letter, (4.5, 6.5))),
 }
 
 

@@ -352,7 +352,7 @@ def clean_reference(
     rng: Rng, content: Content, layout: Layout, style: Style, around: Colour, size: Size
 ) -> Image.Image:
     """A clean picture of the same word in the same face, or of the logo, alone on a plain or graded background."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.7:
         base, fill = style.plate or around, style.fill
     elif content.logo and rng.random() < 0.5:
         fill, base = content.logo.colour, (255, 255, 255) if _luma(content.logo.colour) < 200 else (20, 20, 20)

@@ -56,8 +56,8 @@ def sample(
 
     Args:
       degradations: names to draw from (`degrade.DEGRADATIONS`).
-      reference_share: how often there is a reference; default: 0.45 for words, 0.75 for logos. With 0 and 1 the pair
-        is otherwise the same, which tells what a reference adds.
+      reference_share: how often there is a reference; default: two thirds, as in the paper's Refine-30K. With 0 and 1
+        the pair is otherwise the same, which tells what a reference adds.
 
     Returns {image, target, reference: [h, w, 3] uint8, mask: [h, w] uint8 (0 or 255), has_reference: bool (else the
     reference is zeros), instruction, word, font ("" for a logo), kind ("text" | "logo"), degradation: str}.
@@ -79,7 +79,7 @@ def sample(
     image, degradation = degrade(rng, target, mask, layout.letter, wrong, degradations)
     instruction = contents.instruction(rng, content)
     if reference_share is None:
-        reference_share = 0.75 if content.logo else 0.45
+        reference_share = 2 / 3
     has_reference = bool(rng.random() < reference_share)
     reference = np.zeros((height, width, 3), np.uint8)
     if has_reference:
