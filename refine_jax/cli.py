@@ -93,6 +93,13 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     )
     convert.add_argument("source", metavar="SRC", help="pipeline folder, or LoRA weights")
     convert.add_argument("target", metavar="DST", nargs="?", help="model folder, or .safetensors file, to write")
+    convert.add_argument(
+        "--dialect",
+        choices=("peft", "comfyui"),
+        default="peft",
+        help="of the LoRA file to write (default: %(default)s)",
+    )
+    convert.add_argument("--model", metavar="MODEL", help="what the LoRA adapts (default: the published architecture)")
     convert.add_argument("--inspect", action="store_true", help="say what SRC holds; nothing is written")
     convert.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -193,6 +200,12 @@ def _convert(args: argparse.Namespace) -> None:
         raise RefineError("convert: give DST, or --inspect")
     if args.inspect:
         print(convert.inspect(args.source))
+        return
+    if convert.is_lora(args.source):
+        from refine_jax import loading
+
+        model = loading.read_config(args.model) if args.model else None
+        print(f"wrote {convert.convert_lora(args.source, args.target, args.dialect, model)}")
         return
     print(f"wrote {convert.convert(args.source, args.target, progress=not args.quiet)}")
 

@@ -58,15 +58,7 @@ def load(
     given = _adapters(adapters)
     folder = resolve(model)
     settings = {name: value for name, value in (("vae_area", vae_area), ("condition_area", condition_area)) if value}
-    pipeline, kinds = None, dict(dtype=dtype, param_dtype=dtype)
-    if (folder / checkpoint.MANIFEST).is_file() or not (folder / diffusers_folder.MODEL_INDEX).is_file():
-        manifest = checkpoint.read_manifest(folder)
-        config = ModelConfig.from_manifest(manifest, **settings)
-        parts = {name: dataclasses.replace(getattr(config, name), **kinds) for name in ("mmdit", "vae", "vl")}
-        config, foreign = dataclasses.replace(config, **parts), "source" in manifest
-    else:
-        pipeline = diffusers_folder.read_pipeline(folder)
-        config, foreign = pipeline.model(**kinds, **settings), True
+    config, pipeline, foreign = _open(folder, settings, dict(dtype=dtype, param_dtype=dtype))
     config = _sampling(config, foreign if scheduler is None else scheduler == "released", [path for path, _ in given])
 
     tokenizer = prompts.load_tokenizer(folder / "tokenizer")
@@ -84,6 +76,24 @@ def load(
         return Loaded(config, lora.merge(variables, extra), {}, tokenizer)
     extra = jax.tree.map(lambda x: np.asarray(x).astype(dtype), extra)
     return Loaded(config, variables, parallel.place(extra, mesh), tokenizer)
+
+
+def read_config(model: str | os.PathLike, **settings: Any) -> ModelConfig:
+    """The configuration of a model, without its weights."""
+    return _open(resolve(model), settings)[0]
+
+
+def _open(
+    folder: Path, settings: Mapping[str, Any], kinds: Mapping[str, str] | None = None
+) -> tuple[ModelConfig, diffusers_folder.Pipeline | None, bool]:
+    """(configuration, the pipeline where the folder is one, whether it comes from elsewhere)."""
+    if (folder / checkpoint.MANIFEST).is_file() or not (folder / diffusers_folder.MODEL_INDEX).is_file():
+        manifest = checkpoint.read_manifest(folder)
+        config = ModelConfig.from_manifest(manifest, **settings)
+        parts = {name: dataclasses.replace(getattr(config, name), **kinds or {}) for name in ("mmdit", "vae", "vl")}
+        return dataclasses.replace(config, **parts), None, "source" in manifest
+    pipeline = diffusers_folder.read_pipeline(folder)
+    return pipeline.model(**kinds or {}, **settings), pipeline, True
 
 
 def resolve(model: str | os.PathLike) -> Path:

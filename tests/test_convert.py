@@ -212,6 +212,26 @@ def test_the_command(made, converted, tmp_path, capsys):
     assert "model_index.json" in capsys.readouterr().err
 
 
+def test_the_command_rewrites_and_describes_lora_files(made, tmp_path, capsys):
+    name = "transformer.transformer_blocks.{}.attn.to_q.lora_{}.weight"
+    a, b = np.ones((2, 32), np.float32), np.full((32, 2), 0.5, np.float32)
+    source, target = tmp_path / "peft.safetensors", tmp_path / "comfy.safetensors"
+    save_file({name.format(k, "A"): a for k in (0, 1)} | {name.format(k, "B"): b for k in (0, 1)}, source)
+    command = ["convert", str(source), str(target), "--dialect", "comfyui", "--model", str(made[0])]
+    assert main(command) == 0
+    stored = load_file(target)
+    assert stored["diffusion_model.transformer_blocks.1.attn.to_q.lora_A.weight"].tolist() == a.tolist()
+    capsys.readouterr()
+    assert main(command) == 2 and "exists" in capsys.readouterr().err
+    assert main([*command[:2], str(tmp_path / "x.safetensors")]) == 2
+    assert "expected [r, 3072]" in capsys.readouterr().err, "it is not for the published model"
+    assert main(["refine", "--model", str(made[0]), "--lora", f"{source}:0.5", "--image", "no.png", *BOX]) == 2
+    assert "no.png" in capsys.readouterr().err
+
+
+BOX = ["--box", "0,0,8,8", "--prompt", "x"]
+
+
 @pytest.mark.parametrize("name", ["no/such-model-anywhere", "owner/name@revision"])
 def test_a_hub_name_where_there_is_no_network(name, monkeypatch):
     import huggingface_hub

@@ -22,6 +22,7 @@ from flax import linen as nn
 from reference_utils import meta_shapes, numpy_state, randn, randomise, relative_error
 
 from refine_jax.convert import keys_mmdit
+from refine_jax.convert.lora import merge
 from refine_jax.convert.mapping import assign, reference_shapes, to_reference, to_tree
 from refine_jax.errors import RefineError
 from refine_jax.models import layers
@@ -333,13 +334,15 @@ def test_lora_is_an_addition_to_the_base():
     lora = jax.tree.map(lambda x: np.asarray(x) if x.any() else 0.3 * randn(x.size, *x.shape), fresh)
     adapted = velocity(config, params, args, 9, lora=lora)
     assert relative_error(adapted, base) > 1e-2
-    assert relative_error(adapted, velocity(config, layers.merge_lora(params, lora), args, 9)) <= 1e-5
+    assert (
+        relative_error(adapted, velocity(config, merge({"mmdit": params}, {"mmdit": lora})["mmdit"], args, 9)) <= 1e-5
+    )
     twin = velocity(dataclasses.replace(config, scan=False), unstack_blocks(params), args, 9, lora=unstack_blocks(lora))
     assert relative_error(twin, adapted) <= 1e-6
     with pytest.raises(RefineError, match="to_x"):
         layers.init_lora(jax.random.key(0), params, "blocks/attn/to_x", 2)
     with pytest.raises(RefineError, match="blocks/attn/to_x"):
-        layers.merge_lora(params, {"blocks": {"attn": {"to_x": lora["blocks"]["attn"]["to_q"]}}})
+        merge({"mmdit": params}, {"mmdit": {"blocks": {"attn": {"to_x": lora["blocks"]["attn"]["to_q"]}}}})
 
 
 def test_adapters_stack_along_the_rank():

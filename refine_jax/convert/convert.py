@@ -20,10 +20,11 @@ import numpy as np
 from tqdm import tqdm
 
 from refine_jax import checkpoint, prompts
-from refine_jax.convert import diffusers_folder, reader
+from refine_jax.convert import diffusers_folder, lora, reader
 from refine_jax.convert.mapping import Transform
 from refine_jax.convert.writer import Part, Writer, chunk_shape, sync
 from refine_jax.errors import RefineError
+from refine_jax.model import ModelConfig
 
 _PART = 1 << 30  # bytes of tensors in one part
 _SLAB = 128 << 20  # bytes of a tensor in memory at once, where its transform allows
@@ -255,13 +256,43 @@ def _read_plan(aside: Path) -> Any:
 # ------------------------------------------------------------------------------------------------------------- inspect
 
 
+def convert_lora(
+    source: str | os.PathLike, target: str | os.PathLike, dialect: str = "peft", model: ModelConfig | None = None
+) -> Path:
+    """Rewrite LoRA weights, in any dialect that `lora.read_adapter` knows, as "peft" or "comfyui".
+
+    model: what they adapt (default: the published Qwen-Image-Edit). Raises `RefineError` for what does not fit it, and
+    for a target that exists.
+    """
+    target = Path(target)
+    if target.exists():
+        raise RefineError(f"{target}: exists; give another name, or remove it first")
+    adapter = lora.read_adapter(Path(source), (model or ModelConfig()).abstract())
+    lora.write_adapter(target, adapter.trees, dialect)
+    return target
+
+
+def is_lora(source: str | os.PathLike) -> bool:
+    """Whether a path is a file of weights, or a folder of nothing but such files: LoRA weights, not a pipeline."""
+    source = Path(source)
+    return source.is_file() or (
+        bool(list(source.glob("*.safetensors"))) and not (source / diffusers_folder.MODEL_INDEX).exists()
+    )
+
+
 def inspect(source: str | os.PathLike) -> str:
     """What a folder or a file holds, as text: nothing is written, no tensor is read.
 
-    source: a pipeline folder, a model folder of refine_jax, or a file (folder) of LoRA weights.
+    source: a pipeline folder, a model folder of refine_jax, or a file (folder) of LoRA weights for the published model.
     """
     source = Path(source)
     lines = [f"{source}"]
+    if is_lora(source) and not (source / checkpoint.MANIFEST).is_file():
+        adapter = lora.read_adapter(source, ModelConfig().abstract())
+        lines.append(f"  LoRA weights, named as {' and '.join(adapter.dialects)} does")
+        for name, ranks in adapter.ranks.items():
+            lines.append(f"  {name}: rank {', '.join(map(str, sorted(set(ranks))))} in {len(ranks)} blocks")
+        return "\n".join(lines)
     if (source / checkpoint.MANIFEST).is_file():
         manifest = checkpoint.read_manifest(source)
         kind = "orbax" if (source / checkpoint.ORBAX).is_dir() else "safetensors"

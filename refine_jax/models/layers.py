@@ -123,23 +123,6 @@ def init_lora(
     return traverse_util.unflatten_dict(lora)
 
 
-def merge_lora(params: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
-    """The base tree with `kernel + a @ b` (summed in float32) where `lora` has an entry.
-
-    Raises RefineError for an entry at a path where the base has no dense layer.
-    """
-    merged = traverse_util.flatten_dict(params)
-    adapters = traverse_util.flatten_dict(lora)
-    for path in {path[:-1] for path in adapters}:
-        kernel = merged.get((*path, "kernel"))
-        if kernel is None:
-            raise RefineError(f"LoRA entry {'/'.join(path)}: the network has no dense layer there")
-        a, b = (jnp.asarray(adapters[(*path, name)], jnp.float32) for name in ("a", "b"))
-        product = jnp.matmul(a, b, precision="highest")
-        merged[(*path, "kernel")] = (jnp.asarray(kernel, jnp.float32) + product).astype(kernel.dtype)
-    return traverse_util.unflatten_dict(merged)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, float32 inside. Parameter: ``scale [features]``."""
 
