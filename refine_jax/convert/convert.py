@@ -72,9 +72,10 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, progress: b
             except OSError:
                 raise RefineError(f"{aside}: another conversion writes there; wait for it or stop it") from None
             _convert(pipeline, leaves, aside, progress)
-            (aside / "lock").unlink()
             sync(aside)
             os.replace(aside, target)
+        for name in (_PLAN, "lock"):
+            (target / name).unlink()
     except OSError as error:
         raise RefineError(
             f"{aside}: cannot be written ({error.strerror or error}); what is finished stays, repeat the command to "
@@ -129,7 +130,6 @@ def _convert(pipeline: diffusers_folder.Pipeline, leaves: Any, aside: Path, prog
     shutil.copytree(pipeline.folder / "tokenizer", tokenizer)
     source = {"pipeline": diffusers_folder.PIPELINE, "name": pipeline.folder.absolute().name, "sha256": hashes}
     checkpoint.write_manifest(aside, {**pipeline.model().to_manifest(), "source": source})
-    (aside / _PLAN).unlink()
 
 
 def _put(out: Part, piece: _Piece, values: np.ndarray, leaf: diffusers_folder.Leaf) -> None:
