@@ -154,7 +154,10 @@ def _load_orbax(
         own = {name.split("/", 1)[1]: leaf for name, leaf in wanted.items() if name.startswith(network + "/")}
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
-                stored = checkpointer.metadata(path).item_metadata.tree
+                metadata = checkpointer.metadata(path).item_metadata
+                if metadata is None:
+                    raise ValueError("its metadata are missing or cut off")
+                stored = metadata.tree
                 stored = traverse_util.flatten_dict(stored, sep="/")
                 _account(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, own)
                 item, how = {}, {}
@@ -173,7 +176,7 @@ def _load_orbax(
                 trees[network] = checkpointer.restore(path, args=args)
         except RefineError:
             raise
-        except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+        except Exception as error:  # orbax reports a damaged array with the base class
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
             raise RefineError(f"{path}: cannot be read ({reason}); copy or convert the model again") from None
     return trees

@@ -11,6 +11,6 @@ class RefineError(ValueError):
 
 def listed(items: Iterable[str]) -> str:
     """Every offender, sorted, for a message; of a hostile file's millions the first 5000 and how many more."""
-    items = sorted(items)
+    items = sorted(name if name.isprintable() and len(name) <= 400 else repr(name[:400]) for name in items)
     more = f" and {len(items) - _MOST} more" if len(items) > _MOST else ""
     return ", ".join(items[:_MOST]) + more

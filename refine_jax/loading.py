@@ -69,11 +69,11 @@ def load(
         extra = lora.combine(read, [weight for _, weight in given])
     shardings = config.shardings(mesh, rules)
     if pipeline is not None:
-        variables = _load_pipeline(pipeline, abstract, shardings, dtype, progress)
+        variables = _load_pipeline(pipeline, shardings, dtype, progress)
     else:
         variables = checkpoint.load_weights(folder, abstract, dtype, shardings, progress)
     if extra and merge:
-        return Loaded(config, lora.merge(variables, extra), {}, tokenizer)
+        return Loaded(config, lora.merge(variables, extra, consume=True), {}, tokenizer)
     extra = jax.tree.map(lambda x: np.asarray(x).astype(dtype), extra)
     return Loaded(config, variables, parallel.place(extra, mesh), tokenizer)
 
@@ -151,9 +151,7 @@ def _sampling(config: ModelConfig, released: bool, adapters: Sequence[Path]) -> 
     return config
 
 
-def _load_pipeline(
-    pipeline: diffusers_folder.Pipeline, abstract: Mapping[str, Any], shardings: Any, dtype: str, progress: bool
-) -> dict[str, Any]:
+def _load_pipeline(pipeline: diffusers_folder.Pipeline, shardings: Any, dtype: str, progress: bool) -> dict[str, Any]:
     """The tensors of a pipeline folder, one at a time, each straight to the devices that hold a part of it."""
     total = sum(t.nbytes for leaves in pipeline.leaves.values() for leaf in leaves.values() for _, t, _ in leaf.pieces)
     trees = {}
@@ -175,6 +173,9 @@ def _load_leaf(leaf: diffusers_folder.Leaf, sharding: Any, dtype: str, bar: tqdm
         regions.setdefault(region, []).append(device)
     parts = {region: np.empty([len(axis) for axis in region], dtype) for region in regions}
     for block, tensor, how in leaf.pieces:
+        bar.update(tensor.nbytes)
+        if block is not None and not any(block in region[0] for region in regions):
+            continue  # another host's
         made = how.forward(tensor.read())
         for region, part in parts.items():
             inner = region if block is None else region[1:]
@@ -184,6 +185,5 @@ def _load_leaf(leaf: diffusers_folder.Leaf, sharding: Any, dtype: str, bar: tqdm
             copied = np.empty(cut.shape, cut.dtype)
             copy_into(copied, cut)
             part[... if block is None else block - region[0].start] = copied
-        bar.update(tensor.nbytes)
     arrays = [jax.device_put(parts[region], device) for region, devices in regions.items() for device in devices]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)

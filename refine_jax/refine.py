@@ -199,7 +199,8 @@ class Refiner:
         weights instead of applying them live. scheduler: "checkpoint", or "released", RefineAnything's (constant
         shift); default: released for a converted or foreign checkpoint, whose steps and guidance are then
         RefineAnything's too (28 steps, true CFG 4.0; with an adapter that is named Lightning, the number of steps in
-        its name and 1.0). mesh, rules: shard the weights over a mesh (`parallel.make_mesh`); each host reads its part.
+        its name and 1.0). mesh, rules: shard the weights over a mesh (`parallel.make_mesh`); of a converted
+        folder each host reads its part.
 
         Raises `RefineError` for an unknown model, a damaged folder, adapters that do not fit, or areas that are too
         small.

@@ -1,5 +1,6 @@
 """A pipeline folder in the true layout through the converter and through every door; damaged folders."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -84,7 +86,8 @@ def test_the_manifest_is_readable_and_names_its_sources(made, converted):
     source, model, _ = made
     manifest = checkpoint.read_manifest(converted)
     assert loading.ModelConfig.from_manifest(manifest) == model
-    files = sorted(p.relative_to(source).as_posix() for p in source.glob("*/*.safetensors"))
+    files = [*source.glob("*/*.safetensors"), *source.glob("tokenizer/*")]
+    files = sorted(p.relative_to(source).as_posix() for p in files)
     assert sorted(manifest["source"]["sha256"]) == files and len(files) > 6
     import hashlib
 
@@ -162,7 +165,7 @@ def test_what_is_killed_goes_on_and_ends_the_same(made, tmp_path):
     )
     target, aside = tmp_path / "model", tmp_path / "model.partial"
     parts: dict[str, int] = {}
-    for pieces in (9, 30, 100_000):
+    for pieces in (60, 80, 100_000):
         out = subprocess.run([sys.executable, "-c", code, source, target, str(pieces)], capture_output=True, text=True)
         if pieces < 1000:
             assert out.returncode == -signal.SIGKILL, out.stderr[-2000:]
@@ -196,6 +199,41 @@ def test_no_room_is_said_before_anything_is_written(made, tmp_path, monkeypatch)
     with pytest.raises(RefineError, match="GB free"):
         convert(made[0], tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_full_disk_is_said_and_what_was_written_stays(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(converter, "_PART", 20_000)
+    sync, left = writer.sync, [4]
+
+    def full(folder, deep=True):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        sync(folder, deep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "sync", full)
+        with pytest.raises(RefineError, match="No space left.*go on"):
+            convert(made[0], tmp_path / "model")
+    parts = {p.name: p.stat().st_ino for p in (tmp_path / "model.partial/weights/mmdit").glob("*[0-9]")}
+    assert len(parts) == 4 and not (tmp_path / "model").exists()
+    target = convert(made[0], tmp_path / "model")
+    assert parts.items() <= {p.name: p.stat().st_ino for p in target.glob("weights/mmdit/*[0-9]")}.items()
+    assert same(checkpoint.load_weights(target, made[1].abstract()), made[2])
+
+
+def test_what_the_store_says_of_the_disk_is_an_error_of_the_disk(tmp_path):
+    (tmp_path / "file").write_text("")
+    leaf = jax.ShapeDtypeStruct((2, 2), np.float32)
+    with pytest.raises(OSError):
+        with (
+            contextlib.closing(writer.Writer(tmp_path / "store", {"a": leaf}, frozenset())) as out,
+            out.part(0) as part,
+        ):
+            part._folder.rmdir()
+            part._folder.write_text("no folder")
+            part.put("a", (0, 0), np.ones((2, 2), np.float32))
+            part.wait()
 
 
 def test_the_command(made, converted, tmp_path, capsys):
@@ -340,6 +378,14 @@ DAMAGES = {
     "another network": (lambda f: edit(f / "transformer/config.json", guidance_embeds=True), "guidance_embeds"),
     "another pipeline": (lambda f: edit(f / "model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
     "another VAE": (lambda f: edit(f / "model_index.json", vae=["diffusers", "AutoencoderKL"]), "AutoencoderKL"),
+    "no end of a configuration": (
+        lambda f: ((f / "vae/config.json").unlink(), (f / "vae/config.json").symlink_to("/dev/zero")),
+        "it is no file",
+    ),
+    "a tensor in disguise": (
+        lambda f: retensor(f / VAE, lambda t: t.update({"a\x1b[2J\nb": np.zeros(1)})),
+        "unknown keys: 'a\\x1b[2J\\nb'",
+    ),
     "no model_index": (lambda f: (f / "model_index.json").unlink(), "model_index.json"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer"),
     "pickled weights": (
@@ -368,12 +414,17 @@ def test_a_damaged_folder_is_named_and_nothing_is_written(made, tmp_path, name):
 
 def test_a_damaged_checkpoint_is_no_zeros(made, converted, tmp_path):
     folder = tmp_path / "model"
-    for damage in ("data", "metadata", "network"):
+    for damage in ("data", "chunk", "metadata", "network"):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(converted, folder)
         if damage == "data":
             for file in (folder / "weights/vl/ocdbt.process_0/d").iterdir():
                 os.truncate(file, file.stat().st_size // 2)
+        elif damage == "chunk":
+            base = f"file://{(folder / 'weights/vl').absolute()}/"
+            store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+            key = next(k for k in store.list().result() if k.endswith(b"norm.scale/0"))
+            store.write(key, None).result()
         elif damage == "metadata":
             (folder / "weights/vl/_METADATA").unlink()
         else:

@@ -5,6 +5,7 @@ is finished stays finished, so a killed conversion goes on where it stopped; eve
 last step renames it.
 """
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -12,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from refine_jax.model import ModelConfig
 
 _PART = 1 << 30  # bytes of tensors in one part
 _SLAB = 128 << 20  # bytes of a tensor in memory at once, where its transform allows
+_TOKENIZER = 100_000_000  # bytes; the files of a tokenizer are smaller
 _LAYOUT = 1  # raised when parts are cut or named differently
 _PLAN = "conversion.json"
 
@@ -58,8 +61,11 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, progress: b
     exists, too little space.
     """
     source, target = Path(source), Path(target)
+    exists = RefineError(f"{target}: exists; give another folder, or remove it first")
     if target.exists():
-        raise RefineError(f"{target}: exists; give another folder, or remove it first")
+        raise exists
+    if (source / checkpoint.MANIFEST).is_file():
+        raise RefineError(f"{source}: is a model folder of refine_jax already; load it as it is")
     pipeline = diffusers_folder.read_pipeline(source)
     leaves = pipeline.leaves
     prompts.load_tokenizer(source / "tokenizer")
@@ -69,11 +75,15 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, progress: b
         with open(aside / "lock", "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise RefineError(f"{aside}: another conversion writes there; wait for it or stop it") from None
+            if target.exists():  # another conversion has just finished
+                shutil.rmtree(aside)
+                raise exists
             _convert(pipeline, leaves, aside, progress)
             sync(aside)
             os.replace(aside, target)
+        sync(target.parent, deep=False)
         for name in (_PLAN, "lock"):
             (target / name).unlink()
     except OSError as error:
@@ -85,6 +95,7 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, progress: b
 
 
 def _convert(pipeline: diffusers_folder.Pipeline, leaves: Any, aside: Path, progress: bool) -> None:
+    (aside / checkpoint.MANIFEST).unlink(missing_ok=True)  # first: nothing is loadable until the end
     plan = _fingerprint(pipeline)
     if _read_plan(aside) != plan:
         for path in aside.iterdir():
@@ -110,24 +121,29 @@ def _convert(pipeline: diffusers_folder.Pipeline, leaves: Any, aside: Path, prog
         ThreadPoolExecutor(1) as pool,
     ):
         for network, found in parts.items():
-            hasher = _Hasher(hashes, pipeline.folder)
             writer = writers[network]
-            for number, part in enumerate(found):
-                if writer.is_done(number):
-                    for piece, _ in _read(part, hasher, pool):
-                        bar.update(piece.nbytes)
-                    continue
-                with writer.part(number) as out:
-                    for piece, values in _read(part, hasher, pool):
-                        if piece.path is not None:
-                            _put(out, piece, values, leaves[network][piece.path])
-                        bar.update(piece.nbytes)
-            hasher.close()
-            writer.finish(len(found))
+            with closing(writer):
+                with closing(_Hasher(hashes, pipeline.folder)) as hasher:
+                    for number, part in enumerate(found):
+                        if writer.is_done(number):
+                            for piece, _ in _read(part, hasher, pool):
+                                bar.update(piece.nbytes)
+                            continue
+                        with writer.part(number) as out:
+                            for piece, values in _read(part, hasher, pool):
+                                if piece.path is not None:
+                                    _put(out, piece, values, leaves[network][piece.path])
+                                bar.update(piece.nbytes)
+                writer.finish(len(found))
 
     tokenizer = aside / "tokenizer"
     shutil.rmtree(tokenizer, ignore_errors=True)
-    shutil.copytree(pipeline.folder / "tokenizer", tokenizer)
+    tokenizer.mkdir()
+    for path in sorted((pipeline.folder / "tokenizer").iterdir()):
+        if path.is_file() and path.stat().st_size <= _TOKENIZER:
+            data = path.read_bytes()
+            (tokenizer / path.name).write_bytes(data)
+            hashes[f"tokenizer/{path.name}"] = hashlib.sha256(data).hexdigest()
     source = {"pipeline": diffusers_folder.PIPELINE, "name": pipeline.folder.absolute().name, "sha256": hashes}
     checkpoint.write_manifest(aside, {**pipeline.model().to_manifest(), "source": source})
 
@@ -149,16 +165,17 @@ def _parts(
     goes = {tensor.name: (leaf, index, how) for leaf in leaves.values() for index, tensor, how in leaf.pieces}
     parts: list[list[_Piece]] = [[]]
     size = 0
-    for _, tensors in reader.by_file(pipeline.tensors[folder]):
-        for tensor in tensors:
-            leaf, index, how = goes.get(tensor.name, (None, None, None))
-            for first, last in _slabs(tensor, leaf, how):
-                piece = _Piece(tensor, first, last, leaf.path if leaf else None, index, how)
-                if size + piece.nbytes > _PART and parts[-1]:
-                    parts.append([])
-                    size = 0
-                parts[-1].append(piece)
-                size += piece.nbytes
+    for tensor in pipeline.tensors[folder].values():
+        leaf, index, how = goes.get(tensor.name, (None, None, None))
+        if leaf is None:  # for the hash alone, so its shape, which nobody checked, does not matter
+            tensor = dataclasses.replace(tensor, dtype=np.dtype(np.uint8), shape=(tensor.nbytes,))
+        for first, last in _slabs(tensor, leaf, how):
+            piece = _Piece(tensor, first, last, leaf.path if leaf else None, index, how)
+            if size + piece.nbytes > _PART and parts[-1]:
+                parts.append([])
+                size = 0
+            parts[-1].append(piece)
+            size += piece.nbytes
     return parts
 
 
@@ -194,8 +211,8 @@ class _Hasher:
         if tensor.file != self._file:
             self._finish()
             self._file, self._digest = tensor.file, hashlib.sha256()
-            with open(tensor.file, "rb") as file:  # all before the first tensor is the header
-                self._digest.update(file.read(tensor.offset))
+            header = reader.Tensor("the header", tensor.file, np.dtype(np.uint8), (tensor.offset,), 0)
+            self._digest.update(header.read())  # all before the first tensor
         self._digest.update(data.reshape(-1).view(np.uint8))
 
     def _finish(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from refine_jax.convert import reader
 from refine_jax.convert.keys_mmdit import TABLE as MMDIT_TABLE
@@ -116,7 +117,7 @@ class Pipeline:
             shapes = {name: tensor.shape for name, tensor in tensors.items()}
             plan = assign(shapes, _table(model, folder, tensors), abstract[network], str(self.folder / folder))
             problems, leaves = [], {}
-            flat = dict(_flat(abstract[network]))
+            flat = traverse_util.flatten_dict(abstract[network], sep="/")
             for path, pieces in plan.items():
                 pieces = tuple((index, tensors[key], how) for index, key, how in sorted(pieces, key=_by_index))
                 kinds = {tensor.dtype.name for _, tensor, _ in pieces}
@@ -176,21 +177,15 @@ def _check_numbers(config: Any, where: str) -> None:
             continue
         counts = [value] if kind is int else value if kind == tuple[int, ...] and isinstance(value, tuple) else []
         wrong = kind == tuple[int, ...] and not isinstance(value, tuple) or kind is bool and not isinstance(value, bool)
-        most = 1000 if "layers" in field.name or field.name == "depth" else 2**24
+        modules = any(word in field.name for word in ("layers", "depth", "blocks"))
+        most = 500 if modules else 2**24
+        wrong = wrong or len(counts) > 64
         if wrong or any(type(n) is not int or not 0 <= n <= most for n in counts):
             raise RefineError(f"{where}{field.name} is {value!r}, which no such network has")
 
 
 def _by_index(piece: tuple[int | None, str, Transform]) -> int:
     return -1 if piece[0] is None else piece[0]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Any:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
 
 
 def _table(model: ModelConfig, folder: str, names: Mapping[str, Any]) -> Table:

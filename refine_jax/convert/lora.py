@@ -159,10 +159,7 @@ class _Problems(dict[str, list[str]]):
 
     def check(self, file: Path) -> None:
         """Raise one bounded error if there is any."""
-        parts = []
-        for kind, offenders in self.items():
-            shown = (o if o.isprintable() and len(o) <= 300 else repr(o[:300]) for o in offenders)
-            parts.append(f"{kind}: {listed(shown)}")
+        parts = [f"{kind}: {listed(offenders)}" for kind, offenders in self.items()]
         if parts:
             raise RefineError(f"{file}: not a LoRA that fits this model ({'; '.join(parts)}); give one made for it")
 
@@ -426,14 +423,18 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def merge(variables: Mapping[str, Any], lora: Mapping[str, Any]) -> dict[str, Any]:
+def merge(variables: Mapping[str, Any], lora: Mapping[str, Any], consume: bool = False) -> dict[str, Any]:
     """The parameters with ``kernel + a @ b`` where `lora` has an entry: float32 sums, rounded to the kernel's dtype.
 
-    variables, lora: {"mmdit": tree, …}; kernels [in, out] or stacked. Sums are made on the host, a block at a time: of
+    variables, lora: {"mmdit": tree, …}; kernels [in, out] or stacked. Sums are made on the host, a kernel at a time: of
     numpy kernels they are numpy, of jax arrays each shard is summed alone and goes back to its device. Everything else
-    is passed on as it is. Raises RefineError for an entry without its kernel.
+    is passed on as it is. consume: empty the dict `variables`, so that no kernel is held twice.
+
+    Raises RefineError for an entry without its kernel.
     """
     merged = traverse_util.flatten_dict(dict(variables), sep="/")
+    if consume:
+        variables.clear()
     for layer, (a, b) in _pairs(lora, "LoRA").items():
         kernel = merged.get(f"{layer}/kernel")
         if kernel is None:

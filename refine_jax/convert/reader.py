@@ -7,7 +7,7 @@ is that of the tensors at hand, and so that files can be hashed in the order in 
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from refine_jax.errors import RefineError, listed
 
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
-_MAX_JSON = 200_000_000
+_MAX_JSON = 16_000_000
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -67,35 +67,44 @@ class Tensor:
             shape, skipped = (last - first, *shape[1:]), first * row
         size = math.prod(shape) * self.dtype.itemsize
         data = np.empty(size, np.uint8) if buffer is None else buffer[:size]
-        with open(self.file, "rb", buffering=0) as file:
-            file.seek(self.offset + skipped)
-            view, done = memoryview(data), 0
-            while done < len(data):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise RefineError(f"{self.file}: ended inside {self.name}; copy or download the file again")
-                done += count
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                file.seek(self.offset + skipped)
+                view, done = memoryview(data), 0
+                while done < len(data):
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise RefineError(f"{self.file}: ended inside {self.name}; copy or download the file again")
+                    done += count
+        except OSError as error:
+            raise RefineError(f"{self.file}: cannot be read ({error.strerror}); copy or download it again") from None
         return data.view(self.dtype).reshape(shape)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON whose keys are all different."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:200]!r} stands there twice")
+        found[name] = value
+    return found
 
 
 def read_json(path: Path) -> Any:
     """A JSON file of bounded size without NaN, infinities and repeated keys. Raises `RefineError` naming the file."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
-        return found
-
     def no_constant(text: str) -> Any:
         raise ValueError(f"{text} is no number that a configuration may hold")
 
     try:
-        if path.stat().st_size > _MAX_JSON:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("it is no file")
+        with open(path, "rb") as file:
+            text = file.read(_MAX_JSON + 1)
+        if len(text) > _MAX_JSON:
             raise ValueError("it is larger than any such file")
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=no_constant)
     except FileNotFoundError:
         raise RefineError(f"{path}: no such file; copy or download the folder again") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -121,19 +130,15 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     def bad(reason: str) -> RefineError:
         return RefineError(f"{path}: not a sound safetensors file ({reason}); copy or download it again")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) < len(pairs):
-            names = [name for name, _ in pairs]
-            raise bad(f"tensor {next(n for n in names if names.count(n) > 1)!r} stands there twice")
-        return dict(pairs)
-
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise bad("it is no file")
         size = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(_MAX_HEADER, size - 8):
                 raise bad(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length), object_pairs_hook=unique)
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise RefineError(f"{path}: no such file; copy or download the folder again") from None
     except OSError as error:
@@ -183,9 +188,11 @@ def read_folder(folder: Path, stem: str) -> dict[str, Tensor]:
         if single.is_file():
             return read_header(single)[0]
         others = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-        remedy = "save the pipeline with safe_serialization=True" if any(n.endswith(".bin") for n in others) else (
-            "copy or download the folder again"
-        )  # fmt: skip
+        remedy = "copy or download the folder again"
+        if any(name.startswith(stem + ".") and name.count(".") > 1 and ".safetensors" in name for name in others):
+            remedy = "save or download the pipeline without a variant"
+        elif any(name.endswith(".bin") for name in others):
+            remedy = "save the pipeline with safe_serialization=True"
         raise RefineError(f"{folder}: holds neither {single.name} nor {index.name}; {remedy}")
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -210,11 +217,3 @@ def read_folder(folder: Path, stem: str) -> dict[str, Tensor]:
     if problems:
         raise RefineError(f"{index}: does not fit its shards: {listed(problems)}; copy or download the folder again")
     return tensors
-
-
-def by_file(tensors: Mapping[str, Tensor]) -> Iterator[tuple[Path, list[Tensor]]]:
-    """The tensors of each file, in the order of their data."""
-    files: dict[Path, list[Tensor]] = {}
-    for tensor in tensors.values():
-        files.setdefault(tensor.file, []).append(tensor)
-    yield from files.items()

@@ -4,7 +4,6 @@ The layout is orbax's own (OCDBT, one zarr array a leaf): the parts of a checkpo
 at the end. Here the parts are written one after another; a part takes its final name when all of it is on the disk.
 """
 
-import base64
 import contextlib
 import json
 import math
@@ -104,25 +103,30 @@ class Writer:
         self._syncing = self._disk.submit(settle)
 
     def _settle(self) -> None:
-        if self._syncing is not None:
-            self._syncing.result()
-        self._syncing = None
+        syncing, self._syncing = self._syncing, None
+        if syncing is not None:
+            syncing.result()
+
+    def close(self) -> None:
+        """End the thread that waits for the disk; what it was given is done."""
+        self._disk.shutdown()
 
     def finish(self, parts: int) -> None:
         """Join the parts into one checkpoint. Raises `RefineError` when a chunk was never written."""
         self._settle()
-        self._disk.shutdown()
-        for name in ("d", "manifest.ocdbt"):  # of a join that was killed
+        # What a join that was killed left. The parts stay.
+        for name in ("_METADATA", "_CHECKPOINT_METADATA", "array_metadatas", "manifest.ocdbt", "d"):
             path = self._folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         store = self._open(self._folder)
         for part in range(parts):
             if not (self._part(part) / "manifest.ocdbt").exists():
                 continue  # nothing but tensors that the network does not use
-            with ts.Transaction() as transaction:
-                self._open(self._part(part)).experimental_copy_range_to(store.with_transaction(transaction)).result()
+            transaction = ts.Transaction()
+            wait(self._open(self._part(part)).experimental_copy_range_to(store.with_transaction(transaction)))
+            wait(transaction.commit_async())
         self._check(store)
-        entries, stored, sharding = {}, [], {}
+        entries, stored = {}, []
         for path, leaf in self._leaves.items():
             keys = path.split("/")
             shape = list(leaf.shape)
@@ -141,10 +145,9 @@ class Writer:
                     }
                 }
             )
-            one = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "cpu:0"})
-            sharding[base64.b64encode(name.encode()).decode()] = one
         handler = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
         now = time.time_ns()
+        # No file of shardings: orbax alone would ask for the devices that it names.
         files = {
             "_METADATA": {
                 "tree_metadata": entries,
@@ -153,7 +156,6 @@ class Writer:
                 "store_array_data_equal_to_fill_value": True,
                 "custom_metadata": None,
             },
-            "_sharding": sharding,
             "array_metadatas/process_0": {"array_metadatas": stored},
             "_CHECKPOINT_METADATA": {
                 "item_handlers": handler,
@@ -177,12 +179,12 @@ class Writer:
 
     def _open(self, folder: Path) -> ts.KvStore:
         spec = {"driver": "ocdbt", "base": f"file://{folder}/", "config": {"compression": {"id": "zstd"}}}
-        return ts.KvStore.open(spec, context=self._context).result()
+        return wait(ts.KvStore.open(spec, context=self._context))
 
     def _check(self, store: ts.KvStore) -> None:
-        """A zarr array reads as zeros where a chunk is absent: every chunk must be there."""
+        """Every chunk must be there: zarr's own readers take an absent one for zeros."""
         count: dict[str, int] = {}
-        for key in store.list().result():
+        for key in wait(store.list()):
             name = key.decode().rpartition("/")[0]
             count[name] = count.get(name, 0) + 1
         for path, leaf in self._leaves.items():
@@ -225,12 +227,12 @@ class Part:
             store.write(f"{name}/{key}".encode(), block.tobytes())
         self._pending.append((transaction.commit_async(), values.nbytes))
         while sum(size for _, size in self._pending) > _PENDING:
-            self._pending.popleft()[0].result()
+            wait(self._pending.popleft()[0])
 
     def wait(self) -> None:
         """Until everything is written."""
         while self._pending:
-            self._pending.popleft()[0].result()
+            wait(self._pending.popleft()[0])
 
     def _describe(self, path: str) -> bytes:
         """The array's metadata, zarr version 2."""
@@ -249,9 +251,17 @@ class Part:
         return json.dumps(metadata, sort_keys=True).encode()
 
 
-def sync(folder: Path) -> None:
-    """Every file under `folder`, and the folders, to the disk."""
-    for base, _, names in os.walk(folder):
+def wait(future: ts.Future) -> Any:
+    """The result; what TensorStore says of the disk as an `OSError`."""
+    try:
+        return future.result()
+    except (ValueError, RuntimeError) as error:
+        raise OSError(" ".join(str(error).split())[:300]) from None
+
+
+def sync(folder: Path, deep: bool = True) -> None:
+    """Every file under `folder`, and the folders, to the disk; or the folder's own list of names."""
+    for base, _, names in os.walk(folder) if deep else [(folder, [], [])]:
         for name in (*names, "."):
             handle = os.open(os.path.join(base, name), os.O_RDONLY)
             try:
