@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import meta
 
-from refine_jax import checkpoint, conditioning
+from refine_jax import checkpoint, conditioning, loading
 from refine_jax.data import synth
 from refine_jax.errors import RefineError
 from refine_jax.evaluate.metrics import bootstrap, region_mse
@@ -20,10 +20,11 @@ def vae_ceiling(
 ) -> dict[str, dict[str, Any]]:
     """Region MSE of the VAE's reconstruction of held-out targets, beside copy-input's.
 
-    folder: a model folder that holds a VAE, alone or in a whole model; count: pairs of `synth.sample(seed, …, "eval")`,
-    as many from each bucket. Returns for "text", "logo" and "all" {count, vae, copy_input: mean error inside the mask
+    folder: "tiny", or a model folder that holds a VAE, alone or in a whole model; count: pairs of
+    `synth.sample(seed, …, "eval")`, as many from each bucket. Returns for "text", "logo" and "all" {count, vae, copy_input: mean error inside the mask
     (0…255 squared), ratio: vae / copy_input as (estimate, low, high)}. Raises `RefineError` for a damaged folder.
     """
+    folder = loading.resolve(folder)
     manifest = checkpoint.read_manifest(folder)
     if "vae" not in manifest:
         raise RefineError(f"model {os.fspath(folder)!r}: holds no VAE")
