@@ -21,8 +21,9 @@ def vae_ceiling(
     """Region MSE of the VAE's reconstruction of held-out targets, beside copy-input's.
 
     folder: "tiny", or a model folder that holds a VAE, alone or in a whole model; count: pairs of
-    `synth.sample(seed, …, "eval")`, as many from each bucket. Returns for "text", "logo" and "all" {count, vae, copy_input: mean error inside the mask
-    (0…255 squared), ratio: vae / copy_input as (estimate, low, high)}. Raises `RefineError` for a damaged folder.
+    `synth.sample(seed, …, "eval")`, as many from each bucket. Returns for "text", "logo" and "all" {count, vae,
+    copy_input: mean error inside the mask (0…255 squared), ratio: vae / copy_input as (estimate, low, high)}. Raises
+    `RefineError` for a damaged folder.
     """
     folder = loading.resolve(folder)
     manifest = checkpoint.read_manifest(folder)
