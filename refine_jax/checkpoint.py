@@ -38,10 +38,17 @@ def write_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file aside, then rename it. Raises what the library and the file system raise."""
+    aside = path.with_name(path.name + ".partial")
+    try:
+        aside.touch()
+        mode = aside.stat().st_mode  # what the user's umask gives; safetensors writes for the owner alone
+        save_file(dict(tensors), aside, metadata=metadata and dict(metadata))
+        aside.chmod(mode)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def save_model(
@@ -60,14 +67,7 @@ def save_model(
     for path, leaf in traverse_util.flatten_dict(dict(trees), sep="/").items():
         array = np.asarray(jax.device_get(leaf))
         flat[path] = np.ascontiguousarray(array.astype(dtype) if _floating(array) else array)
-    aside = folder / (WEIGHTS + ".partial")
-    try:
-        save_file(flat, aside)
-        # safetensors writes for the owner alone; a model folder is as readable as the folder's other files.
-        aside.chmod(0o666 & ~_umask())
-        os.replace(aside, folder / WEIGHTS)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_tensors(folder / WEIGHTS, flat)
     write_manifest(folder, manifest)
 
 

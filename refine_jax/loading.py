@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
+from flax.linen import meta
 from tqdm import tqdm
 
 from refine_jax import checkpoint, flow, parallel, prompts
@@ -62,12 +63,13 @@ def load(
     config = _sampling(config, foreign if scheduler is None else scheduler == "released", [path for path, _ in given])
 
     tokenizer = prompts.load_tokenizer(folder / "tokenizer")
-    abstract = config.abstract()
+    boxed = config.boxed()
+    abstract = meta.unbox(boxed)
     extra: dict[str, Any] = {}
     if given:  # read before the weights: a bad file costs no time
         read = [lora.read_adapter(path, abstract) for path, _ in given]
         extra = lora.combine(read, [weight for _, weight in given])
-    shardings = config.shardings(mesh, rules)
+    shardings = parallel.param_shardings(boxed, mesh, rules)
     if pipeline is not None:
         variables = _load_pipeline(pipeline, shardings, dtype, progress)
     else:

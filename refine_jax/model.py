@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import meta
 
-from refine_jax import conditioning, parallel, prompts
+from refine_jax import conditioning, prompts
 from refine_jax.errors import RefineError
 from refine_jax.flow import SchedulerConfig
 from refine_jax.focus import FOCUS_MARGIN, bucket_size
@@ -156,19 +156,11 @@ class ModelConfig:
 
     def abstract(self, names: Sequence[str] = ("mmdit", "vae", "vl")) -> dict[str, Any]:
         """Shapes and dtypes of the parameters, plain trees of `jax.ShapeDtypeStruct`."""
-        return meta.unbox(jax.eval_shape(lambda: self.init(jax.random.key(0), names)))
+        return meta.unbox(self.boxed(names))
 
-    def shardings(
-        self,
-        mesh: jax.sharding.Mesh | None,
-        rules: parallel.Rules = parallel.DEFAULT_RULES,
-        names: Sequence[str] = ("mmdit", "vae", "vl"),
-    ) -> dict[str, Any]:
-        """Where each parameter goes: by the rules on a mesh, or whole on the first device."""
-        if mesh is None:
-            one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            return jax.tree.map(lambda leaf: one, self.abstract(names))
-        return parallel.param_shardings(jax.eval_shape(lambda: self.init(jax.random.key(0), names)), mesh, rules)
+    def boxed(self, names: Sequence[str] = ("mmdit", "vae", "vl")) -> dict[str, Any]:
+        """`abstract` with each parameter in its logical box, as `parallel.param_shardings` takes it."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0), names))
 
     def byte_tokenizer(self, folder: str | Path | None = None) -> Any:
         """The byte-level tokenizer of the tiny models, written to `folder` (default: nowhere that stays)."""

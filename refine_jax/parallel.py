@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from refine_jax.errors import RefineError
 from refine_jax.models.layers import fit_spec
@@ -75,13 +75,16 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def param_shardings(abstract: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+def param_shardings(abstract: Any, mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Any:
     """Shardings of a boxed (logically annotated) abstract tree; the result has the unboxed tree's structure.
 
+    Without a mesh everything goes to the first device.
     A dimension that its mesh axis does not divide is replicated, so that one table serves every model size.
     """
-    specs = nn.get_partition_spec(abstract)
     shapes = nn.meta.unbox(abstract)
+    if mesh is None:
+        return jax.tree.map(lambda leaf: SingleDeviceSharding(jax.devices()[0]), shapes)
+    specs = nn.get_partition_spec(abstract)
 
     def place(spec, leaf):
         axes = nn.logical_to_mesh_axes(tuple(spec), rules) if spec is not None else ()

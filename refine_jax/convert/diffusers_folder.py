@@ -152,8 +152,8 @@ def read_pipeline(folder: str | Path) -> Pipeline:
             raise RefineError(f"{folder / MODEL_INDEX}: {name} is {given!r}, expected a {wanted}")
     configs = {name: reader.read_object(folder / name / "config.json") for name in NETWORKS}
     configs["scheduler"] = reader.read_object(folder / "scheduler" / "scheduler_config.json")
-    for name, file in (("processor", "preprocessor_config.json"), ("processor", "processor_config.json")):
-        if (path := folder / name / file).is_file():
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (path := folder / "processor" / name).is_file():
             configs["text_encoder"] = _with_processor(configs["text_encoder"], reader.read_object(path))
             break
     return Pipeline(folder, configs, {name: reader.read_folder(folder / name, stem) for name, stem in _STEMS.items()})

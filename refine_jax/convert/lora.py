@@ -33,8 +33,8 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from refine_jax.checkpoint import write_tensors
 from refine_jax.convert.keys_mmdit import TABLE as MMDIT_TABLE
 from refine_jax.convert.keys_vl import LAYOUTS, vl_table
 from refine_jax.convert.mapping import reference_shapes
@@ -519,16 +519,8 @@ def write_adapter(
     header = {**(metadata or {}), "format": "pt"}
     if dialect == "peft":
         header[_METADATA] = json.dumps(settings, sort_keys=True)
-    aside = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch()
-        mode = aside.stat().st_mode  # what the user's umask gives; safetensors writes for the owner alone
-        try:
-            save_file(tensors, aside, metadata=header)
-            aside.chmod(mode)
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_tensors(path, tensors, header)
     except (SafetensorError, OSError) as error:
         raise RefineError(f"{path}: cannot be written ({error}); give another place") from None

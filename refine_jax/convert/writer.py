@@ -112,7 +112,7 @@ class Writer:
         self._disk.shutdown()
 
     def finish(self, parts: int) -> None:
-        """Join the parts into one checkpoint. Raises `RefineError` when a chunk was never written."""
+        """Join the parts into one checkpoint, which the caller syncs. Raises `RefineError` if a chunk is missing."""
         self._settle()
         # What a join that was killed left. The parts stay.
         for name in ("_METADATA", "_CHECKPOINT_METADATA", "array_metadatas", "manifest.ocdbt", "d"):
@@ -170,7 +170,6 @@ class Writer:
             path = self._folder / name
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(value), encoding="utf-8")
-        sync(self._folder)
 
     # -------------------------------------------------------------------------------------------------------- details
 
