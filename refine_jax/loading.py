@@ -57,45 +57,72 @@ def load(
     if scheduler not in (None, "released", "checkpoint"):
         raise RefineError(f"scheduler {scheduler!r}: give 'released' or 'checkpoint'")
     given = _adapters(adapters)
-    folder = resolve(model)
     settings = {name: value for name, value in (("vae_area", vae_area), ("condition_area", condition_area)) if value}
-    config, pipeline, foreign = _open(folder, settings, dict(dtype=dtype, param_dtype=dtype))
-    config = _sampling(config, foreign if scheduler is None else scheduler == "released", [path for path, _ in given])
+    source = open_model(model, dtype=dtype, param_dtype=dtype, **settings)
+    released = source.foreign if scheduler is None else scheduler == "released"
+    config = _sampling(source.config, released, [path for path, _ in given])
 
-    tokenizer = prompts.load_tokenizer(folder / "tokenizer")
+    tokenizer = source.tokenizer()
     boxed = config.boxed()
     abstract = meta.unbox(boxed)
     extra: dict[str, Any] = {}
     if given:  # read before the weights: a bad file costs no time
         read = [lora.read_adapter(path, abstract) for path, _ in given]
         extra = lora.combine(read, [weight for _, weight in given])
-    shardings = parallel.param_shardings(boxed, mesh, rules)
-    if pipeline is not None:
-        variables = _load_pipeline(pipeline, shardings, dtype, progress)
-    else:
-        variables = checkpoint.load_weights(folder, abstract, dtype, shardings, progress)
+    variables = source.parameters(abstract, parallel.param_shardings(boxed, mesh, rules), dtype, progress)
     if extra and merge:
         return Loaded(config, lora.merge(variables, extra, consume=True), {}, tokenizer)
     extra = jax.tree.map(lambda x: np.asarray(x).astype(dtype), extra)
     return Loaded(config, variables, parallel.place(extra, mesh), tokenizer)
 
 
-def read_config(model: str | os.PathLike, **settings: Any) -> ModelConfig:
-    """The configuration of a model, without its weights."""
-    return _open(resolve(model), settings)[0]
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model on the disk, its files checked and its weights not yet read.
+
+    foreign: it comes from a diffusers pipeline, converted or not.
+    """
+
+    folder: Path
+    config: ModelConfig
+    foreign: bool
+    _pipeline: diffusers_folder.Pipeline | None
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return prompts.load_tokenizer(self.folder / "tokenizer")
+
+    def parameters(
+        self, abstract: Mapping[str, Any], shardings: Mapping[str, Any], dtype: str, progress: bool = False
+    ) -> dict[str, Any]:
+        """The parameters of the networks of `abstract`, floating ones as `dtype`, placed as `shardings` says."""
+        if self._pipeline is None:
+            return checkpoint.load_weights(self.folder, abstract, dtype, shardings, progress)
+        return _load_pipeline(self._pipeline, {name: shardings[name] for name in abstract}, dtype, progress)
 
 
-def _open(
-    folder: Path, settings: Mapping[str, Any], kinds: Mapping[str, str] | None = None
-) -> tuple[ModelConfig, diffusers_folder.Pipeline | None, bool]:
-    """(configuration, the pipeline where the folder is one, whether it comes from elsewhere)."""
+def open_model(
+    model: str | os.PathLike, *, dtype: str | None = None, param_dtype: str | None = None, **settings: Any
+) -> Source:
+    """The model that `Refiner.load` would load: its configuration, and a way to its weights.
+
+    dtype, param_dtype: of computation and of parameters, as all three networks' configurations are to say. settings:
+    fields of `ModelConfig` to replace. Raises `RefineError` as `Refiner.load` does.
+    """
+    folder = resolve(model)
+    kinds = {name: value for name, value in (("dtype", dtype), ("param_dtype", param_dtype)) if value}
     if (folder / checkpoint.MANIFEST).is_file() or not (folder / diffusers_folder.MODEL_INDEX).is_file():
         manifest = checkpoint.read_manifest(folder)
         config = ModelConfig.from_manifest(manifest, **settings)
-        parts = {name: dataclasses.replace(getattr(config, name), **kinds or {}) for name in ("mmdit", "vae", "vl")}
-        return dataclasses.replace(config, **parts), None, "source" in manifest
+        parts = {name: dataclasses.replace(getattr(config, name), **kinds) for name in ("mmdit", "vae", "vl")}
+        return Source(folder, dataclasses.replace(config, **parts), "source" in manifest, None)
     pipeline = diffusers_folder.read_pipeline(folder)
-    return pipeline.model(**kinds or {}, **settings), pipeline, True
+    return Source(folder, pipeline.model(**kinds, **settings), True, pipeline)
+
+
+def read_config(model: str | os.PathLike, **settings: Any) -> ModelConfig:
+    """The configuration of a model, without its weights."""
+    return open_model(model, **settings).config
 
 
 def resolve(model: str | os.PathLike) -> Path:
@@ -155,10 +182,12 @@ def _sampling(config: ModelConfig, released: bool, adapters: Sequence[Path]) -> 
 
 def _load_pipeline(pipeline: diffusers_folder.Pipeline, shardings: Any, dtype: str, progress: bool) -> dict[str, Any]:
     """The tensors of a pipeline folder, one at a time, each straight to the devices that hold a part of it."""
-    total = sum(t.nbytes for leaves in pipeline.leaves.values() for leaf in leaves.values() for _, t, _ in leaf.pieces)
+    wanted = [leaf for network in shardings for leaf in pipeline.leaves[network].values()]
+    total = sum(tensor.nbytes for leaf in wanted for _, tensor, _ in leaf.pieces)
     trees = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
-        for network, leaves in pipeline.leaves.items():
+        for network in shardings:
+            leaves = pipeline.leaves[network]
             placed = traverse_util.flatten_dict(shardings[network], sep="/")
             flat = {}
             for path, leaf in leaves.items():

@@ -27,6 +27,7 @@ DEFAULT_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("out_channels", None),
     ("conv_in", None),
     ("conv_out", None),
+    ("lora_rank", "fsdp"),  # where the other side of the matrix is not split so already
     # activations
     ("batch", ("data", "fsdp")),
     ("length", "context"),

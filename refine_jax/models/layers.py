@@ -4,7 +4,7 @@ Parameters carry logical axis names (`flax.linen.with_logical_partitioning`); `f
 Networks are applied with plain (unboxed) trees. Names in use:
 
 - parameters: ``layers`` (scanned blocks), ``embed``, ``heads`` (heads x head_dim), ``mlp``, ``vocab``, ``norm``,
-  ``time``, ``in_channels``, ``out_channels``, ``conv_in``, ``conv_out``;
+  ``time``, ``in_channels``, ``out_channels``, ``conv_in``, ``conv_out``, ``lora_rank``;
 - activations: ``batch``, ``length`` (image and joint tokens), ``text_length``, ``act_embed``, ``act_heads``,
   ``act_mlp``. They differ from the parameters' names because the residual stream is normally whole along the features
   on which FSDP splits the kernels.
@@ -104,20 +104,26 @@ def init_lora(
     """A fresh ``lora`` collection for the dense layers whose "/"-joined path the expression `targets` matches fully.
 
     `a` is uniform in ±1/sqrt(in), `b` zero, so that the adapted network starts as the base. Kernels may be stacked:
-    [..., in, out] gives a [..., in, rank], b [..., rank, out]. Raises RefineError where nothing matches.
+    [..., in, out] gives a [..., in, rank], b [..., rank, out]; of kernels in their logical boxes, a and b are boxed
+    too, the rank named ``lora_rank``. Raises RefineError where nothing matches.
 
     >>> init_lora(key, params, r"blocks/attn/(to_q|to_k|to_v|to_out)", 256)
     {"blocks": {"attn": {"to_q": {"a": [60, 3072, 256], "b": [60, 256, 3072]}, …}}}
     """
-    lora: dict[tuple[str, ...], Array] = {}
+    lora: dict[tuple[str, ...], Any] = {}
     for path, kernel in traverse_util.flatten_dict(params).items():
         if path[-1] != "kernel" or not re.fullmatch(targets, "/".join(path[:-1])):
             continue
-        *stack, inputs, outputs = kernel.shape
+        *stack, inputs, outputs = nn.meta.unbox(kernel).shape
         key, own = jax.random.split(key)
         bound = inputs**-0.5
-        lora[(*path[:-1], "a")] = jax.random.uniform(own, (*stack, inputs, rank), dtype, -bound, bound)
-        lora[(*path[:-1], "b")] = jnp.zeros((*stack, rank, outputs), dtype)
+        a = jax.random.uniform(own, (*stack, inputs, rank), dtype, -bound, bound)
+        b = jnp.zeros((*stack, rank, outputs), dtype)
+        if isinstance(kernel, nn.meta.AxisMetadata):
+            *above, rows, columns = kernel.names
+            a = kernel.replace(value=a, names=(*above, rows, "lora_rank"))
+            b = kernel.replace(value=b, names=(*above, "lora_rank", columns))
+        lora[(*path[:-1], "a")], lora[(*path[:-1], "b")] = a, b
     if not lora:
         raise RefineError(f"LoRA targets {targets!r}: no dense layer has such a path")
     return traverse_util.unflatten_dict(lora)
