@@ -26,6 +26,7 @@ from refine_jax.convert.lora import merge
 from refine_jax.convert.mapping import assign, reference_shapes, to_reference, to_tree
 from refine_jax.errors import RefineError
 from refine_jax.models import layers
+from refine_jax.models.attention import attention
 from refine_jax.models.mmdit import (
     VARIANTS,
     Block,
@@ -159,12 +160,12 @@ def test_attention_with_grouped_heads_and_masks():
     q, k, v = randn(0, 2, 5, 6, 8), randn(1, 2, 9, 3, 8), randn(2, 2, 9, 3, 8)
     mask = np.random.default_rng(3).random((2, 1, 5, 9)) < 0.6
     mask[..., 0] = True
-    ours = layers.attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask=jnp.asarray(mask))
+    ours = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask=jnp.asarray(mask))
     q, k, v = (torch.from_numpy(x).transpose(1, 2) for x in (q, k, v))
     ref = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=torch.from_numpy(mask), enable_gqa=True)
     assert relative_error(ours, ref.transpose(1, 2)) <= 1e-5
     with pytest.raises(ValueError, match="'flash'"):
-        layers.attention(ours, ours, ours, impl="flash")
+        attention(ours, ours, ours, impl="flash")
 
 
 @pytest.mark.parametrize("seed, zero_cond_t, masked", [(0, False, False), (1, True, True), (2, True, False)])

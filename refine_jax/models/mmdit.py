@@ -14,11 +14,11 @@ import numpy as np
 from flax import linen as nn
 
 from refine_jax.errors import RefineError
+from refine_jax.models.attention import attention
 from refine_jax.models.layers import (
     Dense,
     RMSNorm,
     apply_rotary,
-    attention,
     constrain,
     layer_norm,
     rotary_angles,

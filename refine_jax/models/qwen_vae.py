@@ -18,7 +18,8 @@ import numpy as np
 from flax import linen as nn
 
 from refine_jax.errors import RefineError
-from refine_jax.models.layers import Dense, attention
+from refine_jax.models.attention import attention
+from refine_jax.models.layers import Dense
 
 Array = jax.Array
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from refine_jax.models.attention import attention
 from refine_jax.models.layers import (
     Dense,
     RMSNorm,
     apply_rotary,
-    attention,
     constrain,
     rotary_angles,
     rotary_frequencies,
