@@ -15,14 +15,17 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.objective = "refine"
     config.seed = 0
-    config.steps = 3800
+    config.steps = 7000
     config.batch_size = 16
     config.log_every = 20
     config.save_every = 100
     config.keep = 2
     config.ema_decay = 0.999
+    config.init_from = ""
     config.vae_from = "runs/tiny_vae/model"
+    config.lora = None
     config.train_encoder = True
+    config.dtype = "float32"
     config.instruction_dropout = 0.1
     # Head 0 starts on the crop's frame, head 1 on the next (the reference, or else the mask); head 2 is free.
     config.aligned_heads = (1, 2)
@@ -87,14 +90,19 @@ def get_config() -> ml_collections.ConfigDict:
     # are as thin as the band.
     config.boundary = dict(r_out=2, r_in=2, alpha=1.0)
 
-    config.data = dict(buckets=((32, 96), (32, 128), (64, 64)), weights=(0.38, 0.28, 0.34), text_length=72, workers=1)
+    config.data = dict(
+        buckets=((32, 96), (32, 128), (64, 64), (64, 96)),
+        weights=(0.36, 0.26, 0.32, 0.06),
+        text_length=72,
+        workers=1,
+    )
     # Muon for what mixes features token by token; a modulation acts on one vector a sample and is left to AdamW.
     config.optimizer = dict(
         name="muon",
         learning_rate=4e-3,
         adam_scale=0.4,
         warmup=100,
-        decay=0.3,
+        decay=0.35,
         b1=0.9,
         b2=0.99,
         eps=1e-8,

@@ -5,17 +5,22 @@ A model folder holds `refine_jax.json` (format, architecture configurations, sch
 with one orbax checkpoint a network (converted ones; each device reads its own part).
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -185,9 +190,50 @@ def _load_orbax(
 # ----------------------------------------------------------------------------------------------- training runs
 
 
-def manager(workdir: str | Path, keep: int = 2, save_every: int = 1000) -> ocp.CheckpointManager:
-    """The checkpoint manager of a run: asynchronous saves under `workdir/checkpoints`, `keep` newest kept."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=save_every, create=True)
+class Preemption:
+    """Notices SIGTERM, on whichever host it arrives, and makes all hosts stop after the same step."""
+
+    def __init__(self) -> None:
+        self._asked, self._old = False, None
+
+    def __enter__(self) -> "Preemption":
+        # With several processes the coordination service of jax.distributed listens.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._old = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and stop after `step`. Every process calls it at every step."""
+        return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._asked
+
+
+def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """Make the work folder and write the resolved configuration to its `config.json`."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            write_text(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
+    except OSError as error:
+        raise RefineError(
+            f"--workdir {str(workdir)!r}: cannot be written ({error.strerror}); give another folder"
+        ) from None
+
+
+def manager(workdir: str | Path, keep: int = 2, save_every: int = 1000, keep_every: int = 0) -> ocp.CheckpointManager:
+    """The checkpoint manager of a run: asynchronous saves under `workdir/checkpoints`.
+
+    The `keep` newest are kept, and with `keep_every` those of its multiples for good.
+    """
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, keep_period=keep_every or None, save_interval_steps=save_every, create=True
+    )
     try:
         return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
     except OSError as error:
@@ -197,37 +243,69 @@ def manager(workdir: str | Path, keep: int = 2, save_every: int = 1000) -> ocp.C
 def save_state(
     mngr: ocp.CheckpointManager, step: int, state: Any, data: Mapping[str, Any], force: bool = False
 ) -> bool:
-    """Save the train state and the data iterator's position (JSON values) as of `step`."""
+    """Save the train state and the data iterator's position (JSON values) as of `step`.
+
+    Returns as soon as the state has left the devices; the writing goes on beside the training. Raises `RefineError`
+    when this or the save before it could not be written.
+    """
     args = ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         data=ocp.args.JsonSave({"processes": jax.process_count(), **data}),
     )
-    return mngr.save(step, args=args, force=force)
+    with _written(mngr, step):
+        return mngr.save(step, args=args, force=force)
+
+
+def finish(mngr: ocp.CheckpointManager) -> None:
+    """Wait until what was saved is on the disk. Raises `RefineError` when it could not be written."""
+    with _written(mngr, mngr.latest_step()):
+        mngr.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _written(mngr: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax and tensorstore report a full disk in several classes
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise RefineError(
+            f"{mngr.directory}: the checkpoint of step {step} or the one before cannot be written ({reason});"
+            " make room, then run the same command again: it continues from the newest complete checkpoint"
+        ) from error
 
 
 def restore_state(mngr: ocp.CheckpointManager, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
     """The newest checkpoint as (state sharded as `abstract`, data position), or None when there is none.
 
-    Raises `RefineError` when the run was saved by another number of processes (the order of data would change), or
-    under a configuration whose state has another structure.
+    The mesh and the number of processes may differ from those that saved. Raises `RefineError` for a damaged
+    checkpoint, or a configuration whose state has another structure.
     """
     step = mngr.latest_step()
     if step is None:
         return None
     try:
         data = dict(mngr.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
-        processes = data.pop("processes")
-        if processes == jax.process_count():
-            state = mngr.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
+        state = mngr.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise RefineError(
             f"{mngr.directory}: checkpoint {step} does not fit this configuration or is damaged ({reason}); "
             "continue with the configuration it was made with, or give a new work folder"
         ) from None
-    if processes != jax.process_count():
-        raise RefineError(
-            f"{mngr.directory}: saved by {processes} processes, these are {jax.process_count()}; "
-            "continue with the same number"
-        )
     return state, data
+
+
+def changes(position: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a resumption changes about the order of samples, one sentence each; `position` is what was saved."""
+    lines = []
+    if position.get("processes") != jax.process_count():
+        lines.append(
+            f"resumed with {jax.process_count()} processes, saved by {position.get('processes')}: the order of"
+            " samples is unchanged (a global batch does not depend on the number of hosts)"
+        )
+    lines += [
+        f"resumed with another {name}: the order of samples changes from here on; the position in it is kept"
+        for name, value in now.items()
+        if name in position and position[name] != json.loads(json.dumps(value))
+    ]
+    return lines

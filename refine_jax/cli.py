@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from refine_jax import __version__
-from refine_jax.errors import RefineError
+from refine_jax.errors import Preempted, RefineError
 
 
 def _box(text: str) -> tuple[int, ...]:
@@ -237,7 +237,8 @@ def _overrides(command: str, rest: list[str]) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 where a training diverged, 2 for bad input, 130 when interrupted."""
+    """Run one command. Returns the exit code: 0, 1 where a training diverged, 2 for bad input, 75 where a training was
+    preempted and saved, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         args, rest = _parser(argv[0] if argv else None).parse_known_args(argv)
@@ -256,6 +257,9 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"refine-jax: {error}", file=sys.stderr)
         return 1
+    except Preempted as notice:
+        print(f"refine-jax: {notice}", file=sys.stderr)
+        return 75
     except KeyboardInterrupt:
         print("refine-jax: interrupted", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""The one error that a user may cause and can mend."""
+"""What a user may cause and can mend, and what a machine may."""
 
 from collections.abc import Iterable
 
@@ -7,6 +7,13 @@ _MOST = 5000
 
 class RefineError(ValueError):
     """Bad input. The message is one line that names the file or field, the value and the remedy."""
+
+
+class Preempted(Exception):
+    """A training was told to end (SIGTERM) and has saved its present step: the same command continues it."""
+
+    def __init__(self, step: int, steps: int):
+        super().__init__(f"preempted: saved at step {step} of {steps}; run the same command again to continue")
 
 
 def listed(items: Iterable[str]) -> str:

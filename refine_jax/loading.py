@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,10 @@ class Source:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return prompts.load_tokenizer(self.folder / "tokenizer")
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Copy the tokenizer's files to `folder`."""
+        shutil.copytree(self.folder / "tokenizer", folder, dirs_exist_ok=True)
 
     def parameters(
         self, abstract: Mapping[str, Any], shardings: Mapping[str, Any], dtype: str, progress: bool = False

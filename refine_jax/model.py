@@ -162,12 +162,20 @@ class ModelConfig:
         """`abstract` with each parameter in its logical box, as `parallel.param_shardings` takes it."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0), names))
 
-    def byte_tokenizer(self, folder: str | Path | None = None) -> Any:
+    @staticmethod
+    def byte_tokenizer(folder: str | Path | None = None) -> Any:
         """The byte-level tokenizer of the tiny models, written to `folder` (default: nowhere that stays)."""
         if folder is not None:
             return prompts.byte_tokenizer(folder)
         with tempfile.TemporaryDirectory() as temporary:
             return prompts.byte_tokenizer(temporary)
+
+
+# The released models, by their names: what a configuration can be compiled for without their weights.
+PUBLISHED: dict[str, ModelConfig] = {
+    "qwen-image-edit-2509": ModelConfig(mmdit=MMDiTConfig()),
+    "qwen-image-edit-2511": ModelConfig(),
+}
 
 
 def _frozen(value: Any) -> Any:

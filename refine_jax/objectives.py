@@ -1,11 +1,12 @@
-"""What can be trained: the VAE, and the refinement flow with its boundary-weighted loss.
+"""What can be trained: the VAE, and the refinement flow with its boundary-weighted loss, whole or as a LoRA.
 
 An objective is a value that the trainer (`refine_jax.train`) drives; `make` builds the one that a configuration names.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,56 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from refine_jax import checkpoint, conditioning, flow, losses, prompts
-from refine_jax.data import loader
+from refine_jax import checkpoint, conditioning, flow, loading, losses, prompts
+from refine_jax.convert import lora as lora_files
+from refine_jax.data import loader, synth
 from refine_jax.errors import RefineError
-from refine_jax.model import ModelConfig, encode_images, encode_prompts, velocity
-from refine_jax.models.layers import rotary_frequencies
+from refine_jax.model import PUBLISHED, ModelConfig, encode_images, encode_prompts, velocity
+from refine_jax.models.layers import init_lora, rotary_frequencies
 from refine_jax.models.mmdit import MMDiTConfig, stack_blocks
 from refine_jax.models.qwen_vae import QwenVAE, VAEConfig
+from refine_jax.refine import Refiner
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+# Seed of the pictures that a run shows; the held-out list has others.
+_SAMPLES = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """What is trained.
 
-    init(key) -> trainable variables in their logical boxes; frozen: arrays that the loss only reads;
-    loss(params, frozen, batch, key) -> (scalar float32, dict of scalars float32); batches() -> an iterator, with
-    get_state, set_state and close, of dicts of numpy arrays whose leading axis is this host's part of the batch;
-    export(params, frozen, folder) writes the model folder.
+    init(key) -> trained variables in their logical boxes, at random; initial(shardings) -> the values that they start
+    from instead, where they are read from a model. frozen: what the loss only reads, an abstract tree in logical boxes;
+    load(shardings) -> its arrays. loss(params, frozen, batch, key) -> (scalar float32, dict of scalars float32).
+    batches() -> an iterator, with get_state, set_state and close, of dicts of numpy arrays whose leading axis is this
+    host's part of the batch. batch_shapes() -> the global batch as `jax.ShapeDtypeStruct`s, one tree a bucket.
+    export(params, frozen, folder) writes the result. refiner(params, frozen, mesh, rules) -> a sampler of the present
+    weights, where there is one; samples(count) -> requests for it, each with its target under "target". flops() -> what
+    a step needs, recomputation not counted.
     """
 
     init: Callable[[jax.Array], Any]
-    frozen: Any
     loss: Callable[[Any, Any, dict, jax.Array], tuple[jax.Array, dict]]
     batches: Callable[[], Iterator]
     export: Callable[[Any, Any, Path], None]
+    frozen: Any = dataclasses.field(default_factory=dict)
+    load: Callable[[Any], Any] = lambda shardings: {}
+    initial: Callable[[Any], Any] | None = None
+    batch_shapes: Callable[[], list[dict[str, Any]]] | None = None
+    refiner: Callable[..., Refiner] | None = None
+    samples: Callable[[int], list[dict[str, Any]]] | None = None
+    flops: Callable[[], float] | None = None
+    model: ModelConfig | None = None
 
 
-def make(config: ml_collections.ConfigDict) -> Objective:
-    """The objective that `config.objective` names. Raises `RefineError` for an unknown one."""
-    known = {"vae": vae_objective, "refine": refine_objective}
+def make(config: ml_collections.ConfigDict, model: ModelConfig | None = None) -> Objective:
+    """The objective that `config.objective` names. Raises `RefineError` for an unknown one.
+
+    model: the architecture, in place of the one that the model to start from has: then no file of weights is opened,
+    and the objective serves to trace and to compile, not to run.
+    """
+    known = {"vae": vae_objective, "refine": functools.partial(refine_objective, model=model)}
     if config.objective not in known:
         raise RefineError(f"objective {config.objective!r}: choose one of {', '.join(known)}")
     try:
@@ -103,26 +125,50 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
         )
         checkpoint.save_model(folder, {"vae": dataclasses.asdict(measured)}, {"vae": params})
 
-    return Objective(init, {}, loss, lambda: batches(config.seed), export)
+    return Objective(init, loss, lambda: batches(config.seed), export)
 
 
 # ----------------------------------------------------------------------------------------------- boundary-weighted flow
 
 
-def refine_objective(config: ml_collections.ConfigDict) -> Objective:
+def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | None = None) -> Objective:
     """RefineAnything's objective: rectified flow, its velocity error weighted up at the mask's border.
 
-    x_σ = (1−σ)·z0 + σ·ε, v = ε − z0, L = mean over locations of ‖v̂ − v‖²·(1 + α·B_c) / channels (`losses`). The VAE is
-    frozen (`config.vae_from`, a model folder); the vision-language encoder is trained along where
-    `config.train_encoder` is set, otherwise it is frozen and comes from that folder too.
+    x_σ = (1−σ)·z0 + σ·ε, v = ε − z0, L = mean over locations of ‖v̂ − v‖²·(1 + α·B_c) / channels (`losses`).
+
+    Starts from a model (`config.init_from`, whatever `Refiner.load` takes), or from scratch: then `config.model` is the
+    architecture, and what is frozen comes from the model folder `config.vae_from`. Trained are a LoRA of the MMDiT
+    where `config.lora` gives rank, alpha, targets (an expression for the paths of its dense layers); otherwise the
+    MMDiT, and the vision-language encoder too where `config.train_encoder` is set. Frozen weights and computation are
+    `config.dtype`, trained ones float32.
     """
-    manifest = checkpoint.read_manifest(config.vae_from)
-    if "vae" not in manifest:
-        raise RefineError(f"vae_from {config.vae_from!r}: holds no VAE; train one with configs/tiny_vae.py")
-    model = ModelConfig.from_manifest({**config.model.to_dict(), "vae": manifest["vae"]})
-    parts = ("vae",) if config.train_encoder else ("vae", "vl")
-    frozen = checkpoint.load_weights(config.vae_from, model.abstract(parts))
+    adapter = config.get("lora")
+    trained = () if adapter else ("mmdit", "vl") if config.train_encoder else ("mmdit",)
+    frozen = tuple(name for name in ("mmdit", "vae", "vl") if name not in trained)
+    source, model = _start(config, trained, model)
+    boxed = model.boxed(frozen)
     data = config.data
+
+    def load(shardings: Any) -> Any:
+        return source.parameters(model.abstract(frozen), shardings, config.dtype, progress=bool(config.init_from))
+
+    def initial(shardings: Any) -> Any:
+        return source.parameters(model.abstract(trained), shardings, "float32", progress=True)
+
+    def init(key: jax.Array) -> Any:
+        if adapter:
+            base = jax.eval_shape(lambda: model.init(key, ("mmdit",)))["mmdit"]
+            return {"lora": {"mmdit": init_lora(key, base, adapter.targets, adapter.rank)}}
+        params = model.init(key, trained)
+        if config.get("aligned_heads"):
+            params["mmdit"] = aligned_heads(params["mmdit"], model.mmdit, config.aligned_heads)
+        return params
+
+    def adapters(params: Any) -> Any:
+        """The LoRA collection as `layers.Dense` reads it: the scale alpha / rank folded into b."""
+        scale = adapter.alpha / adapter.rank if adapter else 1.0
+        fold = lambda path, leaf: leaf * scale if path[-1].key == "b" and scale != 1.0 else leaf
+        return jax.tree_util.tree_map_with_path(fold, params.get("lora", {}))
 
     def batches() -> Iterator:
         pairs = loader.refine_batches(
@@ -135,46 +181,184 @@ def refine_objective(config: ml_collections.ConfigDict) -> Objective:
             process_count=jax.process_count(),
             workers=data.workers,
         )
-        return _Prompted(pairs, model, data.text_length, config.instruction_dropout, config.seed)
+        tokenizer = source.tokenizer()
+        return _Prompted(pairs, model, tokenizer, data.text_length, config.instruction_dropout, config.seed)
 
-    def init(key: jax.Array) -> Any:
-        names = ("mmdit", "vl") if config.train_encoder else ("mmdit",)
-        params = model.init(key, names)
-        if config.aligned_heads:
-            params["mmdit"] = aligned_heads(params["mmdit"], model.mmdit, config.aligned_heads)
-        return params
+    def batch_shapes() -> list[dict[str, Any]]:
+        rows, length = config.batch_size, data.text_length
+        shape = lambda dtype, *sides: jax.ShapeDtypeStruct((rows, *sides), dtype)
+        prompt = dict(
+            ids=shape(jnp.int32, length),
+            mask=shape(jnp.bool_, length),
+            positions=shape(jnp.int32, length, 3),
+            image_index=shape(jnp.int32, length),
+        )
+        return [
+            dict(
+                image=shape(jnp.uint8, *bucket, 3),
+                target=shape(jnp.uint8, *bucket, 3),
+                reference=shape(jnp.uint8, *bucket, 3),
+                mask=shape(jnp.uint8, *bucket),
+                has_reference=shape(jnp.bool_),
+                prompt=prompt,
+            )
+            for bucket in data.buckets
+        ]
 
     def loss(params: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
         variables = {**frozen, **params}
-        k_sigma, k_noise = jax.random.split(key)
-        mask_image = jnp.repeat(batch["mask"][..., None], 3, axis=-1)
-        images, present = [batch["image"], batch["reference"], mask_image], [None, batch["has_reference"], None]
-        z0, *latents = encode_images(model, variables, [batch["target"], *images])
-        grid = z0.shape[1:3]
-        context = conditioning.image_tokens(grid, latents, present)
-        look = jax.vmap(lambda image: conditioning.view(image, None, model.vl_sizes(image.shape[1] / image.shape[0])))
-        [(text, text_mask)] = encode_prompts(model, variables, {}, [batch["prompt"]], [look(image) for image in images])
-        sigma = flow.sample_sigma(k_sigma, (z0.shape[0],), config.sigma.distribution, shift=config.sigma.shift)
-        noise = jax.random.normal(k_noise, z0.shape, jnp.float32)
-        x = flow.pack_latents(flow.noise_latents(z0, noise, sigma))
-        prediction = velocity(model, variables, {}, x, sigma, context, text, text_mask)
-        target = flow.pack_latents(flow.velocity_target(z0, noise))
-        b = config.boundary
-        band = losses.to_latent_grid(losses.boundary_band(batch["mask"], b.r_out, b.r_in), grid)
-        region = losses.to_latent_grid(batch["mask"] > 0, grid)
-        total, parts = losses.boundary_weighted_loss(prediction, target, band, region, alpha=b.alpha)
-        channels = z0.shape[-1]
-        return total / channels, {name: part / channels for name, part in parts.items()}
+        encoded = encode(model, variables, batch, config.boundary)
+        return flow_loss(model, variables, adapters(params), encoded, key, config.sigma, config.boundary.alpha)
 
     def export(params: Any, frozen: Any, folder: Path) -> None:
+        if adapter:
+            about = {"base_model": str(config.init_from)}
+            lora_files.write_adapter(folder / LORA_FILE, adapters(params), metadata=about)
+            return
         trees = {**frozen, **params}
         scanned = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, scan=True, remat=None))
         if not model.mmdit.scan:
             trees["mmdit"] = stack_blocks(trees["mmdit"])
-        model.byte_tokenizer(folder / "tokenizer")
+        source.write_tokenizer(folder / "tokenizer")
         checkpoint.save_model(folder, scanned.to_manifest(), trees)
 
-    return Objective(init, frozen, loss, batches, export)
+    def refiner(params: Any, frozen: Any, mesh: jax.sharding.Mesh, rules: Any) -> Refiner:
+        trees = {**frozen, **{name: params[name] for name in trained}}
+        return Refiner(model, trees, source.tokenizer(), adapters(params), mesh=mesh, rules=rules)
+
+    def samples(count: int) -> list[dict[str, Any]]:
+        found = [synth.sample(_SAMPLES, k, tuple(data.buckets[k % len(data.buckets)]), "eval") for k in range(count)]
+        return [
+            dict(
+                image=pair["image"],
+                mask_or_box=pair["mask"],
+                prompt=pair["instruction"],
+                reference=pair["reference"] if pair["has_reference"] else None,
+                focus=False,
+                target=pair["target"],
+            )
+            for pair in found
+        ]
+
+    return Objective(
+        init=init,
+        loss=loss,
+        batches=batches,
+        export=export,
+        frozen=boxed,
+        load=load,
+        initial=initial if config.init_from and trained else None,
+        batch_shapes=batch_shapes,
+        refiner=refiner,
+        samples=samples,
+        model=model,
+    )
+
+
+def _start(
+    config: ml_collections.ConfigDict, trained: Sequence[str], model: ModelConfig | None
+) -> tuple[Any, ModelConfig]:
+    """Where the weights come from, and the architecture as it is to be trained."""
+    if config.init_from:
+        if config.get("model"):
+            raise RefineError("init_from and model are both set; leave one empty")
+        source = None if model else loading.open_model(config.init_from)
+        found = model or source.config
+        expected = config.get("variant")
+        if expected and found.mmdit != PUBLISHED[expected].mmdit:
+            raise RefineError(f"init_from {config.init_from!r}: its transformer is not that of {expected} (variant)")
+    else:
+        if config.get("lora"):
+            raise RefineError("lora: nothing to adapt; set init_from")
+        source = _Scratch(config.vae_from)
+        found = model or source.architecture(config.model.to_dict())
+    parts = {}
+    for name in ("mmdit", "vae", "vl"):
+        kind = "float32" if name in trained else config.dtype
+        parts[name] = dataclasses.replace(getattr(found, name), dtype=config.dtype, param_dtype=kind)
+    if config.get("remat"):
+        parts["mmdit"] = dataclasses.replace(parts["mmdit"], remat=config.remat)
+    settings = {name: config[name] for name in ("vae_area", "condition_area") if config.get(name)}
+    return source, dataclasses.replace(found, **parts, **settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scratch:
+    """As `loading.Source`: what is frozen while the rest starts at random."""
+
+    folder: str
+
+    def architecture(self, wanted: Mapping[str, Any]) -> ModelConfig:
+        manifest = checkpoint.read_manifest(self.folder)
+        if "vae" not in manifest:
+            raise RefineError(f"vae_from {self.folder!r}: holds no VAE; train one with configs/tiny_vae.py")
+        return ModelConfig.from_manifest({**wanted, "vae": manifest["vae"]})
+
+    def parameters(self, abstract: Any, shardings: Any, dtype: str, progress: bool = False) -> Any:
+        return checkpoint.load_weights(self.folder, abstract, dtype, shardings, progress)
+
+    def tokenizer(self) -> Any:
+        return ModelConfig.byte_tokenizer()
+
+    def write_tokenizer(self, folder: Path) -> None:
+        ModelConfig.byte_tokenizer(folder)
+
+
+def encode(
+    model: ModelConfig, variables: Mapping[str, Any], batch: Mapping[str, Any], boundary: Any
+) -> dict[str, jax.Array]:
+    """All that the loss needs of a batch and that does not depend on the MMDiT: what `refine-jax data cache` keeps.
+
+    Normalised latents `target`, `image`, `reference`, `mask` `[B, h, w, C]`; `has_reference [B]`; conditioning tokens
+    `text [B, T, D]`, `text_mask [B, T]`; `band`, `region [B, h, w]` in 0…1 (`losses.to_latent_grid`).
+    """
+    mask_image = jnp.repeat(batch["mask"][..., None], 3, axis=-1)
+    images = [batch["image"], batch["reference"], mask_image]
+    target, image, reference, mask = encode_images(model, variables, [batch["target"], *images])
+    look = jax.vmap(lambda image: conditioning.view(image, None, model.vl_sizes(image.shape[1] / image.shape[0])))
+    [(text, text_mask)] = encode_prompts(model, variables, {}, [batch["prompt"]], [look(image) for image in images])
+    grid = target.shape[1:3]
+    band = losses.boundary_band(batch["mask"], boundary.r_out, boundary.r_in)
+    return dict(
+        target=target,
+        image=image,
+        reference=reference,
+        mask=mask,
+        has_reference=batch["has_reference"],
+        text=text,
+        text_mask=text_mask,
+        band=losses.to_latent_grid(band, grid),
+        region=losses.to_latent_grid(batch["mask"] > 0, grid),
+    )
+
+
+def flow_loss(
+    model: ModelConfig,
+    variables: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    encoded: Mapping[str, jax.Array],
+    key: jax.Array,
+    sigma: Any,
+    alpha: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The boundary-weighted velocity error of what `encode` returned, at a random σ and noise: scalar, and its parts.
+
+    sigma: distribution and shift of σ (`flow.sample_sigma`).
+    """
+    z0 = encoded["target"].astype(jnp.float32)
+    k_sigma, k_noise = jax.random.split(key)
+    present = [None, encoded["has_reference"], None]
+    context = conditioning.image_tokens(
+        z0.shape[1:3], [encoded[name].astype(jnp.float32) for name in ("image", "reference", "mask")], present
+    )
+    levels = flow.sample_sigma(k_sigma, (z0.shape[0],), **sigma)
+    noise = jax.random.normal(k_noise, z0.shape, jnp.float32)
+    x = flow.pack_latents(flow.noise_latents(z0, noise, levels))
+    prediction = velocity(model, variables, lora, x, levels, context, encoded["text"], encoded["text_mask"])
+    target = flow.pack_latents(flow.velocity_target(z0, noise))
+    total, parts = losses.boundary_weighted_loss(prediction, target, encoded["band"], encoded["region"], alpha=alpha)
+    channels = z0.shape[-1]
+    return total / channels, {name: part / channels for name, part in parts.items()}
 
 
 def aligned_heads(params: Any, config: MMDiTConfig, frames: Sequence[int]) -> Any:
@@ -214,15 +398,15 @@ def aligned_heads(params: Any, config: MMDiTConfig, frames: Sequence[int]) -> An
 
 
 class _Prompted:
-    """The pairs of `loader.refine_batches` with tokenised instructions under "prompt" in place of their bytes.
+    """The pairs of a loader with tokenised instructions under "prompt" in place of their bytes.
 
     An instruction is replaced by the model's negative prompt with probability `dropout`, by a draw that depends on the
-    seed, the position and the row alone.
+    seed, the position and the row in the global batch alone.
     """
 
-    def __init__(self, pairs: Any, model: ModelConfig, length: int, dropout: float, seed: int):
+    def __init__(self, pairs: Any, model: ModelConfig, tokenizer: Any, length: int, dropout: float, seed: int):
         self._pairs, self._model, self._length, self._dropout, self._seed = pairs, model, length, dropout, seed
-        self._tokenizer = model.byte_tokenizer()
+        self._tokenizer = tokenizer
 
     def __iter__(self) -> Iterator:
         return self
@@ -230,21 +414,22 @@ class _Prompted:
     def __next__(self) -> dict[str, Any]:
         step = self._pairs.get_state()["step"]
         batch = dict(next(self._pairs))
-        model = self._model
-        grid = model.vl_grid(batch["image"].shape[2] / batch["image"].shape[1])
-        draws = np.random.default_rng([self._seed, step, jax.process_index()]).random(len(batch["instruction"]))
+        shapes = [batch[name].shape for name in ("image", "reference", "mask")]
+        grids = [self._model.vl_grid(shape[2] / shape[1]) for shape in shapes]
+        rows, host = len(batch["instruction"]), jax.process_index()
+        draws = np.random.default_rng([self._seed, step, 0]).random(rows * jax.process_count())[host * rows :][:rows]
         texts = [loader.decode_instruction(row) for row in batch.pop("instruction")]
-        texts = [model.negative_prompt if draw < self._dropout else text for draw, text in zip(draws, texts)]
-        encoded = [self._encode(text, grid, here) for text, here in zip(texts, batch["has_reference"].tolist())]
+        texts = [self._model.negative_prompt if draw < self._dropout else text for draw, text in zip(draws, texts)]
+        encoded = [self._encode(text, grids, here) for text, here in zip(texts, batch["has_reference"].tolist())]
         batch["prompt"] = vars(prompts.pad_prompts(encoded, self._length))
-        del batch["is_logo"]
+        batch.pop("is_logo", None)
         return batch
 
-    def _encode(self, text: str, grid: tuple[int, int], has_reference: bool) -> prompts.TokenizedPrompt:
+    def _encode(self, text: str, grids: Sequence[tuple[int, int]], has_reference: bool) -> prompts.TokenizedPrompt:
         """A prompt of at most the batch's length: a longer instruction (a logo of many words) loses its end."""
         merge, present = self._model.vl.vision.spatial_merge_size, [True, has_reference, True]
         while True:
-            encoded = prompts.encode_prompt(self._tokenizer, self._model.prompt, text, [grid] * 3, merge, present)
+            encoded = prompts.encode_prompt(self._tokenizer, self._model.prompt, text, grids, merge, present)
             if len(encoded) <= self._length or not text:
                 return encoded
             text = text[: -max(1, (len(encoded) - self._length) // 4)]

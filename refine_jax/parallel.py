@@ -6,12 +6,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from refine_jax.errors import RefineError
 from refine_jax.models.layers import fit_spec
 
-MESH_AXES = ("data", "fsdp", "tensor", "context")
+# The slowest first: `slice` spans the network between TPU slices (or any islands of devices), the others one slice.
+MESH_AXES = ("slice", "data", "fsdp", "tensor", "context")
+BATCH_AXES = ("slice", "data", "fsdp")
 
 # Logical axis -> mesh axis, for every name that the networks use (`models.layers`); None is replicated.
 DEFAULT_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
@@ -29,9 +32,9 @@ DEFAULT_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("conv_out", None),
     ("lora_rank", "fsdp"),  # where the other side of the matrix is not split so already
     # activations
-    ("batch", ("data", "fsdp")),
+    ("batch", BATCH_AXES),
     ("length", "context"),
-    ("text_length", None),
+    ("text_length", "context"),
     ("act_embed", None),
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
@@ -55,10 +58,11 @@ def make_rules(overrides: Mapping[str, str | Sequence[str] | None] | None = None
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """An Auto mesh over `devices` (default: all) with axes `data, fsdp, tensor, context`.
+    """An Auto mesh over `devices` (default: all) with axes `slice, data, fsdp, tensor, context`.
 
-    `axes` gives the size of each axis; one of them may be -1 (what is left). Raises `RefineError` when the product
-    is not the number of devices.
+    `axes` gives the size of each axis; one of them may be -1 (what is left). Where the devices are of several slices,
+    `slice` goes over them. Raises `RefineError` when the product is not the number of devices, or when `slice` is not
+    the number of TPU slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     unknown = set(axes) - set(MESH_AXES)
@@ -73,7 +77,15 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
     if int(np.prod(sizes)) != len(devices):
         raise RefineError(f"mesh: axes {dict(axes)} need {int(np.prod(sizes))} devices, there are {len(devices)}")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+    kinds = (AxisType.Auto,) * len(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform == "tpu" and sizes[0] != slices:
+        raise RefineError(f"mesh.slice {sizes[0]}: the devices are {slices} slice(s); give slice={slices}")
+    if 1 < slices == sizes[0]:
+        inner, outer = (1, *sizes[1:]), (sizes[0], *[1] * (len(sizes) - 1))
+        placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=kinds)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
 
 
 def param_shardings(abstract: Any, mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Any:
@@ -121,9 +133,22 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
     return jax.device_put(tree, jax.devices()[0] if mesh is None else replicated(mesh))
 
 
+def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
+    """Raises `RefineError` for a global batch that does not fall into equal parts on the devices."""
+    ways = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    if accumulate < 1:
+        raise RefineError(f"optimizer.accumulate {accumulate}: give a whole number of at least 1")
+    if batch_size % (ways * accumulate):
+        parts = f" in {accumulate} parts (optimizer.accumulate)" if accumulate > 1 else ""
+        raise RefineError(
+            f"batch_size {batch_size}: the mesh {dict(mesh.shape)} does not divide it{parts}; give a multiple of"
+            f" {ways * accumulate}"
+        )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of an array whose leading axis is the global batch."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -1,16 +1,18 @@
 """The trainer: one state, one jitted step, one loop, for every objective.
 
 An objective (`refine_jax.objectives`) says what is trained: its initial variables, its loss, its batches and how its
-result is written as a model folder. `train` below does the rest and reads from top to bottom.
+result is written. `make_program` builds the step, `train` runs it; both read from top to bottom.
 """
 
 import ast
+import contextlib
+import dataclasses
 import importlib.util
 import json
-import math
 import re
-import time
-from contextlib import ExitStack, closing
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +21,23 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 from flax import linen as nn
 from flax.linen import meta
 from tqdm import tqdm
 
 from refine_jax import checkpoint, objectives, parallel
-from refine_jax.errors import RefineError
+from refine_jax.errors import Preempted, RefineError
+from refine_jax.watch import Watch
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What a step reads and writes: `step` int32 [], trained variables, optimizer state, their moving average."""
+    """What a step reads and writes: `step` int32 [], the run's random key (its data, uint32), trained variables,
+    optimizer state, their moving average (empty where `ema_decay` is 0)."""
 
     step: jax.Array
+    key: jax.Array
     params: Any
     opt_state: Any
     ema: Any
@@ -158,140 +162,199 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
     return optax.chain(optax.clip_by_global_norm(config.clip), update)
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool = True) -> Path:
-    """Run or continue `config` in `workdir`; returns the model folder that was written at the end.
+# ------------------------------------------------------------------------------------------------------- the program
 
-    Continues from the newest checkpoint under `workdir/checkpoints`. Writes `config.json`, one line of scalars to
-    `metrics.jsonl` every `config.log_every` steps, checkpoints every `config.save_every` steps, and the model folder
-    `workdir/model`. Raises `RefineError` for a bad configuration and `FloatingPointError` for a loss that is not
-    finite (the last good checkpoint stays).
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The compiled side of a run: what the loop calls, and what `tools/aot.py` compiles without a device.
+
+    begin(params, key) -> state; step(state, frozen, batch) -> (state, scalars). state, frozen:
+    `jax.ShapeDtypeStruct`s with their shardings. tensors: the names behind the scalar "bad", the index of the first
+    tensor of a step that is not finite (-1: none).
     """
-    # ------------------------------------------------------------------ where
-    workdir = Path(workdir)
-    mesh = parallel.make_mesh(dict(config.mesh))
+
+    mesh: jax.sharding.Mesh
+    rules: parallel.Rules
+    init: Callable[[jax.Array], Any]
+    begin: Callable[[Any, jax.Array], TrainState]
+    step: Callable[[TrainState, Any, Any], tuple[TrainState, dict]]
+    state: TrainState
+    frozen: Any
+    tensors: list[str]
+
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """The mesh and the sharding rules in force, for tracing and for running."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules):
+            yield
+
+
+def make_program(
+    config: ml_collections.ConfigDict, objective: objectives.Objective, mesh: jax.sharding.Mesh
+) -> Program:
+    """The step of `config` on `mesh`. Raises `RefineError` for a batch that the mesh does not divide."""
     rules = parallel.make_rules(config.rules)
-    if config.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise RefineError(f"batch_size {config.batch_size}: the mesh {dict(mesh.shape)} does not divide it")
-
-    # ------------------------------------------------------------------ what
-    objective = objectives.make(config)
+    accumulate = config.optimizer.get("accumulate", 1)
+    parallel.check_batch(config.batch_size, mesh, accumulate)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    batches = objective.batches()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
-    except OSError as error:
-        raise RefineError(
-            f"--workdir {str(workdir)!r}: cannot be written ({error.strerror}); give another folder"
-        ) from None
+    average = config.ema_decay > 0
 
-    # ------------------------------------------------------------------ state, declared before it is made
-    def init(key: jax.Array) -> TrainState:
-        params = meta.unbox(objective.init(key))
-        ema = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
+    def begin(params: Any, key: jax.Array) -> TrainState:
+        ema = jax.tree.map(jnp.copy, params) if average else {}
+        return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params), ema)
 
-    key = jax.random.key(config.seed)
-    placed = parallel.param_shardings(jax.eval_shape(objective.init, key), mesh, rules)
-    shapes = jax.eval_shape(init, key)
-    whole = parallel.replicated(mesh)
+    # ------------------------------------------------------------------ shapes and shardings, declared before any array
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    boxed = jax.eval_shape(objective.init, key)
+    params = meta.unbox(boxed)
+    placed, whole = parallel.param_shardings(boxed, mesh, rules), parallel.replicated(mesh)
+    shapes = jax.eval_shape(begin, params, key)
     shardings = TrainState(
         step=whole,
+        key=whole,
         params=placed,
-        opt_state=parallel.shardings_like(shapes.opt_state, shapes.params, placed, whole),
-        ema=placed,
+        opt_state=parallel.shardings_like(shapes.opt_state, params, placed, whole),
+        ema=placed if average else {},
     )
-    frozen = jax.device_put(objective.frozen, whole)
+    abstract = lambda tree, where: jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, where
+    )
+    frozen = abstract(meta.unbox(objective.frozen), parallel.param_shardings(objective.frozen, mesh, rules))
+    tensors: list[str] = []
 
     # ------------------------------------------------------------------ the step
+    def gradients(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, dict], Any]:
+        gradient = jax.value_and_grad(objective.loss, has_aux=True)
+        if accumulate == 1:
+            return gradient(params, frozen, batch, key)
+        # Row i goes to part i mod `accumulate`: every device keeps its rows.
+        split = lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+        parts = jax.tree.map(split, batch), jax.random.split(key, accumulate)
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, frozen, *first))
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, frozen, *part)), None
+
+        total, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda x: x / accumulate, total)
+
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, whole))
-    def step_fn(state: TrainState, frozen: Any, batch: dict, key: jax.Array) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(key, state.step)
-        (loss, parts), grads = jax.value_and_grad(objective.loss, has_aux=True)(state.params, frozen, batch, key)
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        (loss, parts), grads = gradients(state.params, frozen, batch, key)
+        grads = jax.lax.with_sharding_constraint(grads, placed)  # left free they may come out whole on every device
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # A young average would remember the initial values for too long.
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **parts}
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params) if average else {}
+        norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
+        scalars = {"loss": loss, **norms, **parts}
+        checked = {"batch": batch, "gradient": grads, "updated": params, "scalar": scalars}
+        tensors[:], bad = _first_bad(checked)
+        return TrainState(state.step + 1, state.key, params, opt_state, ema), {**scalars, "bad": bad}
 
-    norm = jax.jit(optax.tree.norm)
+    return Program(
+        mesh=mesh,
+        rules=rules,
+        init=jax.jit(lambda key: meta.unbox(objective.init(key)), out_shardings=placed),
+        begin=jax.jit(begin, donate_argnums=0, out_shardings=shardings),
+        step=step,
+        state=abstract(shapes, shardings),
+        frozen=frozen,
+        tensors=tensors,
+    )
 
-    with ExitStack() as stack:
-        # -------------------------------------------------------------- restore: the run's own checkpoint, or scratch
-        stack.enter_context(closing(batches))
-        mngr = stack.enter_context(closing(checkpoint.manager(workdir, config.keep, config.save_every)))
-        abstract = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
-        restored = checkpoint.restore_state(mngr, abstract)
-        stack.enter_context(jax.set_mesh(mesh))
-        elapsed = 0.0
-        if restored is None:
-            state = jax.jit(init, out_shardings=shardings)(key)
-        else:
+
+def _first_bad(groups: dict[str, Any]) -> tuple[list[str], jax.Array]:
+    """(names of the floating tensors, index of the first that is not finite or -1)."""
+    named = [
+        ("/".join((group, jax.tree_util.keystr(path, simple=True, separator="/"))), leaf)
+        for group, tree in groups.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    bad = jnp.stack([~jnp.all(jnp.isfinite(leaf)) for _, leaf in named])
+    return [name for name, _ in named], jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool = True) -> Path:
+    """Run or continue `config` in `workdir`; returns the folder of what was trained, `workdir/model`.
+
+    Continues from the newest checkpoint under `workdir/checkpoints`, on whatever mesh and number of hosts. Writes
+    `config.json`, scalars (`watch.Watch`) every `config.log_every` steps, checkpoints every `config.save_every` steps,
+    and the result. Raises `RefineError` for a bad configuration, `FloatingPointError` for a tensor that is not finite
+    (named; the last good checkpoint stays), and `Preempted` after SIGTERM, when the present step has been saved.
+    """
+    # ------------------------------------------------------------------ what, where, how
+    workdir = Path(workdir)
+    mesh = parallel.make_mesh(dict(config.mesh))
+    objective = objectives.make(config)
+    program = make_program(config, objective, mesh)
+    checkpoint.claim(workdir, config)
+
+    with contextlib.ExitStack() as stack:
+        batches = stack.enter_context(closing(objective.batches()))
+        mngr = checkpoint.manager(workdir, config.keep, config.save_every, config.get("keep_every", 0))
+        mngr = stack.enter_context(closing(mngr))
+        preemption = stack.enter_context(checkpoint.Preemption())
+
+        # -------------------------------------------------------------- the state: this run's, a model's, or scratch
+        frozen = objective.load(jax.tree.map(lambda leaf: leaf.sharding, program.frozen))
+        key, elapsed = jax.random.key(config.seed), 0.0
+        restored = checkpoint.restore_state(mngr, program.state)
+        if restored is not None:
             state, position = restored
             batches.set_state(position["iterator"])
             elapsed = position["elapsed"]
+            for line in checkpoint.changes(position, _order(config)):
+                tqdm.write(line, file=sys.stderr)
+        else:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
+            state = program.begin(objective.initial(shardings) if objective.initial else program.init(key), key)
         first = int(state.step)
 
         # -------------------------------------------------------------- the loop
-        stack.enter_context(nn.logical_axis_rules(rules))
-        count = sum(math.prod(p.shape) for p in jax.tree.leaves(shapes.params))
-        bar = tqdm(total=config.steps, initial=first, unit="step", disable=not progress, desc=f"{count / 1e6:.2f}M")
-        stack.enter_context(bar)
-        history = workdir / "metrics.jsonl"
-        checkpoint.write_text(history, "".join(line + "\n" for line in _lines(history, first)))
-        scalars = stack.enter_context(open(history, "a", encoding="utf-8"))
-        started, waited, recent = time.perf_counter(), 0.0, []
+        stack.enter_context(program.context())
+        watch = stack.enter_context(closing(Watch(workdir, config, program, objective, first, elapsed, progress)))
 
-        def fail(step: int, what: str, value: float) -> None:
-            kept = mngr.latest_step()
-            remedy = f"the checkpoint of step {kept} is kept" if kept else "no checkpoint was kept"
-            raise FloatingPointError(f"{what} is {value} at step {step}; {remedy}; lower the learning rate")
+        def save(step: int) -> None:
+            position = {"iterator": batches.get_state(), "elapsed": watch.elapsed(), **_order(config)}
+            checkpoint.save_state(mngr, step, state, position, force=True)
 
-        def log(step: int) -> None:
-            nonlocal recent, waited
-            values = jax.device_get(recent)
-            means = {k: float(np.mean([v[k] for v in values if k in v])) for k in values[-1]}
-            if not math.isfinite(means["loss"]):
-                fail(step, "loss", means["loss"])
-            means |= {"step": step, "seconds": elapsed + time.perf_counter() - started, "data_wait": waited}
-            scalars.write(json.dumps({k: round(v, 6) if math.isfinite(v) else None for k, v in means.items()}) + "\n")
-            scalars.flush()
-            bar.set_postfix({k: f"{v:.4g}" for k, v in means.items() if k in ("loss", "grad_norm")}, refresh=False)
-            recent, waited = [], 0.0
-
-        for step in range(first, config.steps):
-            asked = time.perf_counter()
-            batch = parallel.shard_batch(next(batches), mesh)
-            waited += time.perf_counter() - asked
-            state, metrics = step_fn(state, frozen, batch, key)
-            recent.append(metrics)
-            bar.update()
-            done = step + 1
-            save = done % config.save_every == 0 or done == config.steps
-            if save or done % config.log_every == 0:
-                log(done)
-            if save:
-                # A state that is not finite is never saved: neither what the loss saw, nor what the step made of it.
-                size = float(norm(state.params))
-                if not math.isfinite(size):
-                    fail(done, "the parameters' norm", size)
-                position = {"iterator": batches.get_state(), "elapsed": elapsed + time.perf_counter() - started}
-                checkpoint.save_state(mngr, done, state, position, force=True)
+        for done in range(first + 1, config.steps + 1):
+            with watch.waiting():
+                batch = parallel.shard_batch(next(batches), mesh)
+            state, metrics = program.step(state, frozen, batch)
+            watch.step(done, metrics)
+            stop = preemption.reached(done)
+            due = stop or done == config.steps or done % config.save_every == 0
+            if due or done % config.log_every == 0:
+                try:
+                    watch.log(done)  # raises where a tensor is not finite: such a state is never saved
+                except FloatingPointError as error:
+                    kept = mngr.latest_step()
+                    remedy = f"the checkpoint of step {kept} is kept" if kept else "no checkpoint was kept"
+                    raise FloatingPointError(f"{error}; {remedy}; lower the learning rate") from None
+            if due:
+                save(done)
+            if stop:
+                checkpoint.finish(mngr)
+                raise Preempted(done, config.steps)
+            watch.pictures(done, state.ema or state.params, frozen)
+        checkpoint.finish(mngr)
 
     # ------------------------------------------------------------------ the result
-    objective.export(jax.device_get(state.ema), objective.frozen, workdir / "model")
+    objective.export(state.ema or state.params, frozen, workdir / "model")
     return workdir / "model"
 
 
-def _lines(history: Path, last: int) -> list[str]:
-    """The lines of scalars up to step `last`: what a killed run did after its last checkpoint is done again."""
-    lines = []
-    for line in history.read_text(encoding="utf-8").splitlines() if last and history.is_file() else []:
-        try:
-            if json.loads(line)["step"] <= last:
-                lines.append(line)
-        except (ValueError, KeyError, TypeError):  # cut off when the run was killed
-            continue
-    return lines
+def _order(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What decides the order of samples besides the position."""
+    kept = ("seed", "batch_size", "data")
+    return {name: value for name, value in json.loads(config.to_json_best_effort()).items() if name in kept}

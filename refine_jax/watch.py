@@ -1,0 +1,224 @@
+"""Watching a run: the progress line, scalars, step times, pictures of fixed samples, profiles on request."""
+
+import contextlib
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from refine_jax import checkpoint
+from refine_jax.errors import RefineError
+
+PROFILED_STEPS = 5
+
+
+class Watch:
+    """What a run tells while it goes; all of it by the first process alone, but for the pictures' computation.
+
+    Under the work folder: `metrics.jsonl`, a line of mean scalars a log; `tensorboard/`, the same and histograms of the
+    steps' seconds (where the package tensorboardX is installed); `pictures/STEP.png`, rows of input, result, target of
+    the objective's samples; `profile/`, a trace of the steps `config.profile` = (first, last), or of the next five
+    after a signal SIGUSR1.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        config: ml_collections.ConfigDict,
+        program: Any,
+        objective: Any,
+        first: int,
+        elapsed: float,
+        progress: bool,
+    ):
+        self._workdir, self._config, self._program, self._objective = workdir, config, program, objective
+        self._before, self._started = elapsed, time.perf_counter()
+        self._recent: list[dict[str, Any]] = []
+        self._seconds: list[float] = []
+        self._waited, self._logged, self._moment = 0.0, (first, time.perf_counter()), None
+        self._speaks = jax.process_index() == 0
+        self._stack = contextlib.ExitStack()
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.state.params))
+        self._bar = self._stack.enter_context(
+            tqdm(
+                total=config.steps,
+                initial=first,
+                unit="step",
+                disable=not (progress and self._speaks),
+                desc=f"{count / 1e6:.2f}M",
+                smoothing=0.05,
+            )
+        )
+        self._flops, self._peak = _work(objective, program)
+        self._samples: list[dict[str, Any]] | None = None
+        self._board = None
+        if self._speaks:
+            history = workdir / "metrics.jsonl"
+            checkpoint.write_text(history, "".join(line + "\n" for line in _lines(history, first)))
+            self._scalars = self._stack.enter_context(open(history, "a", encoding="utf-8"))
+            self._board = _board(workdir / "tensorboard", first, self._stack)
+        self._profile = tuple(config.get("profile", ())) or None
+        self._tracing = False
+        self._asked = threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            old = signal.signal(signal.SIGUSR1, lambda *_: self._asked.set())
+            self._stack.callback(signal.signal, signal.SIGUSR1, old)
+
+    def elapsed(self) -> float:
+        """Seconds of training, those before a resumption included."""
+        return self._before + time.perf_counter() - self._started
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time spent inside is waiting for data."""
+        asked = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - asked
+
+    def step(self, done: int, metrics: dict[str, Any]) -> None:
+        """The step `done` was handed to the device; waits for the one before it, so that the device never idles."""
+        if self._recent:
+            jax.block_until_ready(self._recent[-1])
+            now = time.perf_counter()
+            if self._moment is not None:
+                self._seconds.append(now - self._moment)
+            self._moment = now
+        self._recent.append(metrics)
+        self._bar.update()
+        self._trace(done)
+
+    def log(self, done: int) -> None:
+        """Write the means since the last log. Raises `FloatingPointError` naming a tensor that is not finite."""
+        values = jax.device_get(self._recent)
+        now, (before, moment) = time.perf_counter(), self._logged
+        for offset, value in enumerate(values):
+            if (bad := int(value["bad"])) >= 0:
+                name = self._program.tensors[bad]
+                raise FloatingPointError(f"{name} is not finite at step {done - len(values) + 1 + offset}")
+        means = {k: float(np.mean([v[k] for v in values if k in v])) for k in values[-1] if k != "bad"}
+        rate = (done - before) / (now - moment)
+        means |= {"step": done, "seconds": self.elapsed(), "data_wait": self._waited / (now - moment)}
+        means["images_per_second"] = rate * self._config.batch_size
+        if self._flops and self._peak:
+            means["mfu"] = rate * self._flops / self._peak
+        if self._speaks:
+            rounded = {k: round(v, 6) if math.isfinite(v) else None for k, v in means.items()}
+            self._scalars.write(json.dumps(rounded) + "\n")
+            self._scalars.flush()
+            shown = ("loss", "grad_norm", "images_per_second", "mfu", "data_wait")
+            names = {"images_per_second": "images/s", "data_wait": "wait"}
+            self._bar.set_postfix({names.get(k, k): f"{means[k]:.3g}" for k in shown if k in means}, refresh=False)
+        if self._board is not None:
+            for name, value in means.items():
+                if name not in ("step", "seconds"):
+                    self._board.add_scalar(name, value, done)
+            if self._seconds:
+                self._board.add_histogram("step_seconds", np.array(self._seconds), done)
+        self._recent, self._seconds, self._waited = [], [], 0.0
+        self._logged = (done, time.perf_counter())
+
+    def pictures(self, done: int, params: Any, frozen: Any) -> None:
+        """Every `config.pictures.every` steps: the objective's samples, refined with the present weights."""
+        wanted = self._config.get("pictures")
+        if not wanted or not wanted.every or self._objective.refiner is None or done % wanted.every:
+            return
+        if self._samples is None:
+            self._samples = self._objective.samples(wanted.count)
+        refiner = self._objective.refiner(params, frozen, self._program.mesh, self._program.rules)
+        requests = [{k: v for k, v in sample.items() if k != "target"} for sample in self._samples]
+        results = refiner.refine_batch(requests)
+        self._moment = None  # this was no step
+        if self._speaks:
+            grid = _grid(
+                [(sample["image"], result, sample["target"]) for sample, result in zip(self._samples, results)]
+            )
+            path = self._workdir / "pictures" / f"{done:08d}.png"
+            path.parent.mkdir(exist_ok=True)
+            aside = path.with_suffix(".partial")
+            grid.save(aside, format="PNG")
+            aside.replace(path)
+            if self._board is not None:
+                self._board.add_image("samples", np.asarray(grid), done, dataformats="HWC")
+
+    def close(self) -> None:
+        """End the bar, the files and a trace that still runs."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+        self._stack.close()
+
+    def _trace(self, done: int) -> None:
+        if self._asked.is_set() and not self._tracing:
+            self._asked.clear()
+            self._profile = (done + 1, done + PROFILED_STEPS)
+        if self._profile is None:
+            return
+        first, last = self._profile
+        if done == first - 1 and not self._tracing:
+            jax.profiler.start_trace(str(self._workdir / "profile"))
+            self._tracing = True
+        elif done == last and self._tracing:
+            jax.block_until_ready(self._recent[-1])
+            jax.profiler.stop_trace()
+            self._tracing, self._profile = False, None
+            tqdm.write(f"steps {first} to {last} profiled: {self._workdir / 'profile'}", file=sys.stderr)
+
+
+def _work(objective: Any, program: Any) -> tuple[float | None, float | None]:
+    """(FLOPs that a step needs, peak FLOP/s of all devices), None where unknown."""
+    peak = None
+    return (objective.flops() if objective.flops else None), peak
+
+
+def _board(folder: Path, first: int, stack: contextlib.ExitStack) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    # A resumed run writes over what the killed one wrote after its last checkpoint.
+    return stack.enter_context(SummaryWriter(str(folder), purge_step=first + 1))
+
+
+def _lines(history: Path, last: int) -> list[str]:
+    """The lines of scalars up to step `last`: what a killed run did after its last checkpoint is done again."""
+    lines = []
+    for line in history.read_text(encoding="utf-8").splitlines() if last and history.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= last:
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):  # cut off when the run was killed
+            continue
+    return lines
+
+
+def _grid(rows: list[tuple[Any, ...]], height: int = 128) -> Image.Image:
+    """Pictures of a row side by side at one height, rows one below the other."""
+    if not rows:
+        raise RefineError("pictures.count: give at least 1")
+    strips = []
+    for row in rows:
+        tiles = [Image.fromarray(np.asarray(tile)[..., :3]) for tile in row]
+        tiles = [tile.resize((max(1, round(tile.width * height / tile.height)), height)) for tile in tiles]
+        strip = Image.new("RGB", (sum(tile.width + 4 for tile in tiles), height + 4), "white")
+        x = 0
+        for tile in tiles:
+            strip.paste(tile, (x, 0))
+            x += tile.width + 4
+        strips.append(strip)
+    grid = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
+    y = 0
+    for strip in strips:
+        grid.paste(strip, (0, y))
+        y += strip.height
+    return grid
