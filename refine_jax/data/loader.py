@@ -1,4 +1,4 @@
-"""Batches of procedural pairs for the trainer: deterministic in (seed, step), sharded by host, resumable.
+"""Batches for the trainer, of procedural pairs or of a dataset's: deterministic in (seed, step), sharded, resumable.
 
 An iterator's state is its position alone ({"step": n}), so a run may be resumed with another number of worker
 processes and still sees the same pairs in the same order; a global batch does not depend on the number of hosts.
@@ -11,8 +11,12 @@ from functools import partial
 import grain
 import numpy as np
 from absl import flags
+from PIL import Image
 
+from refine_jax import focus
 from refine_jax.data import assets, synth
+from refine_jax.data.plan import Plan, enlarge
+from refine_jax.data.records import Dataset, Record, open_picture
 from refine_jax.errors import RefineError
 
 Size = tuple[int, int]
@@ -20,14 +24,14 @@ Size = tuple[int, int]
 INSTRUCTION_BYTES = 96
 
 
-def encode_instruction(text: str) -> np.ndarray:
-    """[96] uint8: the UTF-8 bytes, zero-padded; cut before a character that would not fit."""
-    data = text.encode()[:INSTRUCTION_BYTES].decode(errors="ignore").encode()
-    return np.frombuffer(data.ljust(INSTRUCTION_BYTES, b"\0"), np.uint8)
+def encode_instruction(text: str, width: int = INSTRUCTION_BYTES) -> np.ndarray:
+    """[width] uint8: the UTF-8 bytes, zero-padded; cut before a character that would not fit."""
+    data = text.encode()[:width].decode(errors="ignore").encode()
+    return np.frombuffer(data.ljust(width, b"\0"), np.uint8)
 
 
 def decode_instruction(row: np.ndarray) -> str:
-    """The text of a row [96] uint8."""
+    """The text of a row [width] uint8."""
     return bytes(row).rstrip(b"\0").decode()
 
 
@@ -77,8 +81,8 @@ class Batches(grain.DatasetIterator):
         self._step = int(start)
 
     def _build(self):
-        rows = grain.MapDataset.range(self._step * self._rows, 2**62)
-        batches = rows.map(partial(_row, self._make, self._rows, self._first)).batch(self._rows)
+        steps = grain.MapDataset.range(self._step, 2**62)
+        batches = steps.map(partial(_stack, self._make, self._rows, self._first))
         data = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         if self._workers:
             if not flags.FLAGS.is_parsed():  # grain reads its own absl flags when it starts workers
@@ -115,9 +119,15 @@ class Batches(grain.DatasetIterator):
         super().close()
 
 
-def _row(make: Callable, rows: int, first: int, position: int) -> dict[str, np.ndarray]:
-    step, row = divmod(int(position), rows)
-    return make(step, first + row)
+def _stack(make: Callable, rows: int, first: int, step: int) -> dict[str, np.ndarray]:
+    """Rows first … first + rows - 1 of a step; each goes into the batch as it is made, none is kept."""
+    batch: dict[str, np.ndarray] = {}
+    for row in range(rows):
+        for name, value in make(int(step), first + row).items():
+            if row == 0:
+                batch[name] = np.empty((rows, *np.shape(value)), np.asarray(value).dtype)
+            batch[name][row] = value
+    return batch
 
 
 @dataclass(frozen=True)
@@ -198,3 +208,163 @@ def vae_batches(
     return Batches(
         make, batch_size, start=start, process_index=process_index, process_count=process_count, workers=workers
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ datasets
+
+_ATTEMPTS = 32  # records tried for one row before the dataset counts as damaged
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Rows of a dataset by its plan."""
+
+    dataset: Dataset
+    plan: Plan
+    margin: float
+    jitter: float
+    instruction_bytes: int
+
+    def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
+        sizes = self.plan.group(step)
+        attempts = min(_ATTEMPTS, self.plan.attempts(step))
+        for attempt in range(attempts):
+            number = self.plan.record(step, row, attempt)
+            try:
+                return {**self._row(number, step, row, *sizes), "skipped": np.int32(attempt)}
+            except RefineError as error:
+                last = error
+        raise RefineError(f"{attempts} records in a row cannot be used, at last: {last}; check the dataset")
+
+    def _row(self, number: int, step: int, row: int, size: Size, reference_size: Size) -> dict[str, np.ndarray]:
+        record = self.dataset[number]
+        crop = self._crop(record, step, row, size)
+        image = open_picture(record.image, record.size, "image")
+        target = open_picture(record.target, record.size, "target")
+        if record.reference is None:
+            reference = np.zeros((*reference_size, 3), np.uint8)
+        else:
+            reference = _resized(open_picture(record.reference, record.reference_size, "reference"), reference_size)
+        return {
+            "image": _resized(image.crop(crop), size),
+            "target": _resized(target.crop(crop), size),
+            "mask": _mask(record, crop, size),
+            "reference": reference,
+            "has_reference": np.bool_(record.reference is not None),
+            "instruction": encode_instruction(record.instruction, self.instruction_bytes),
+        }
+
+    def _crop(self, record: Record, step: int, row: int, size: Size) -> tuple[int, int, int, int]:
+        margin = self.margin
+        if self.jitter:
+            draw = np.random.PCG64(np.random.SeedSequence((self.plan.seed, step, row))).random_raw() / 2**64
+            margin *= 1.0 + self.jitter * (2.0 * draw - 1.0)
+        box = focus.focus_box(np.array(record.box), *record.size, margin=margin)
+        return enlarge(box, *record.size, size[1] / size[0])
+
+
+def _resized(image: Image.Image, size: Size) -> np.ndarray:
+    """[h, w, 3] uint8, as `conditioning.view` looks at a crop or a reference."""
+    if image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.LANCZOS)
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _mask(record: Record, crop: tuple[int, int, int, int], size: Size) -> np.ndarray:
+    """[h, w] uint8, 0 or 255: the region, to the nearest pixel, never empty."""
+    x1, y1, x2, y2 = record.box
+    region = open_picture(record.mask, (x2 - x1, y2 - y1), "mask")
+    canvas = Image.new("L", (crop[2] - crop[0], crop[3] - crop[1]))
+    canvas.paste(region, (x1 - crop[0], y1 - crop[1]))
+    mask = np.asarray(canvas.resize(size[::-1], Image.Resampling.NEAREST))
+    if mask.any():
+        return mask
+    # A line thinner than the distance of two samples: every pixel that it crosses.
+    rows, columns = np.nonzero(np.asarray(canvas))
+    if not len(rows):
+        raise RefineError("mask: nothing is marked")
+    mask = np.zeros(size, np.uint8)
+    mask[rows * size[0] // canvas.height, columns * size[1] // canvas.width] = 255
+    return mask
+
+
+class RecordBatches(Batches):
+    """Batches of a dataset's records; `corrupt` collects those that this host had to leave out."""
+
+    def __init__(self, make: _Records, batch_size: int, max_corrupt: float, **hosts):
+        super().__init__(make, batch_size, **hosts)
+        total = len(make.dataset)
+        self._limit = int(max_corrupt * total) if max_corrupt < 1 else int(max_corrupt)
+        self.corrupt: set[int] = set()
+        self.plan = make.plan
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        step = self._step
+        batch = super().__next__()
+        for row in np.flatnonzero(batch["skipped"]):
+            tries = range(int(batch["skipped"][row]))
+            self.corrupt.update(self.plan.record(step, self._first + int(row), attempt) for attempt in tries)
+        if len(self.corrupt) > self._limit:
+            shown = "; ".join(self._reason(number) for number in sorted(self.corrupt)[:5])
+            raise RefineError(
+                f"{len(self.corrupt)} corrupt records, data.max_corrupt allows {self._limit}: {shown}; copy or build "
+                "the dataset again, or allow more"
+            )
+        return batch
+
+    def _reason(self, number: int) -> str:
+        try:
+            record = self._make.dataset[number]
+            self._make._row(number, 0, 0, *self.plan.groups[0])
+        except RefineError as error:
+            text = str(error)
+            return text if "record " in text else str(self._make.dataset.corrupt(number, error))
+        return f"record {number}: {record.instruction!r} could not be read, now it can"
+
+
+def record_batches(
+    dataset: Dataset,
+    seed: int,
+    batch_size: int,
+    buckets: Iterable[Size],
+    *,
+    reference_buckets: Iterable[Size] | None = None,
+    margin: float = focus.FOCUS_MARGIN,
+    margin_jitter: float = 0.0,
+    instruction_bytes: int | None = None,
+    max_corrupt: float = 0.01,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    start: int = 0,
+) -> RecordBatches:
+    """Endless batches of a dataset's records in focus, in an order of its own in each epoch (`plan.Plan`).
+
+    Yields {image, target: [b, h, w, 3] uint8, mask: [b, h, w] uint8 (0 or 255), reference: [b, h', w', 3] uint8 (zeros
+    where there is none), has_reference: [b] bool, instruction: [b, n] uint8, skipped: [b] int32} with
+    b = batch_size / process_count; (h, w) is one of `buckets` and (h', w') one of `reference_buckets` (default:
+    `buckets`), the same on all hosts at a step. Crops are those of `refine` (`focus.focus_box`), grown to the bucket's
+    aspect as far as the picture allows; pictures are resized with Lanczos, masks to the nearest pixel.
+
+    Args:
+      margin: around the region, in pixels of a picture scaled to `focus.FOCUS_AREA`; margin_jitter: each row's margin
+        is multiplied by a draw from 1 ± this, which depends on the seed, the step and the row alone.
+      instruction_bytes: n (default: the dataset's longest instruction); longer ones are cut.
+      max_corrupt: a record that cannot be used is replaced by another of its group and counted in `skipped` (how many
+        were tried in vain for a row); a host that saw more than this share (below 1) or number of them raises
+        `RefineError` and names the first.
+
+    Raises `RefineError` for settings out of range. The dataset was checked when it was opened.
+    """
+    buckets = [tuple(bucket) for bucket in buckets]
+    references = buckets if reference_buckets is None else [tuple(bucket) for bucket in reference_buckets]
+    if not 0 <= margin_jitter < 1:
+        raise RefineError(f"data.margin_jitter {margin_jitter}: give 0 or more, and less than 1")
+    if not max_corrupt >= 0:
+        raise RefineError(f"data.max_corrupt {max_corrupt}: give a share below 1, or a number of records")
+    if instruction_bytes is None:
+        instruction_bytes = max(1, int(dataset.index[:, 8].max()))
+    plan = Plan(dataset.index, seed, batch_size, buckets, references, margin)
+    make = _Records(dataset, plan, margin, margin_jitter, instruction_bytes)
+    hosts = dict(process_index=process_index, process_count=process_count)
+    return RecordBatches(make, batch_size, max_corrupt, start=start, workers=workers, **hosts)
