@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
-    """The parser; the options of an evaluation, whose module takes seconds to import, only where `command` asks."""
+    """The parser; the options whose modules take seconds to import (evaluate, data) only where `command` asks."""
     parser = _Parser(prog="refine-jax", description="Image refinement in JAX.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"refine-jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -112,6 +112,17 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, metavar="F", help="configuration file, such as configs/tiny.py")
     train.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and the finished model")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    data = commands.add_parser(
+        "data",
+        allow_abbrev=False,
+        help="write and check datasets of refinement pairs",
+        description="Write datasets of procedural pairs or of your own pictures, and check them.",
+    )
+    if command == "data":
+        from refine_jax.data import build
+
+        build.add_arguments(data)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -217,6 +228,12 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     print(f"wrote {folder}")
 
 
+def _data(args: argparse.Namespace) -> None:
+    from refine_jax.data import build
+
+    build.run(args)
+
+
 def _evaluate(args: argparse.Namespace) -> None:
     from refine_jax.evaluate import heldout
 
@@ -249,6 +266,8 @@ def main(argv: list[str] | None = None) -> int:
             _convert(args)
         elif args.command == "train":
             _train(args, overrides)
+        elif args.command == "data":
+            _data(args)
         elif args.command == "evaluate":
             _evaluate(args)
     except RefineError as error:
