@@ -207,7 +207,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
 
     def loss(params: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
         variables = {**frozen, **params}
-        encoded = encode(model, variables, batch, config.boundary)
+        encoded = batch if "text" in batch else encode(model, variables, batch, config.boundary)
         return flow_loss(model, variables, adapters(params), encoded, key, config.sigma, config.boundary.alpha)
 
     def export(params: Any, frozen: Any, folder: Path) -> None:

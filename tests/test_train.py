@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,11 +15,13 @@ import orbax.checkpoint as ocp
 import pytest
 import toy
 from flax import linen as nn
+from PIL import Image
+from safetensors.numpy import load_file
 
 from refine_jax import checkpoint, cli, objectives, parallel
 from refine_jax.errors import RefineError
 from refine_jax.refine import Refiner
-from refine_jax.train import load_config, make_optimizer, make_schedule, train
+from refine_jax.train import load_config, make_optimizer, make_program, make_schedule, train
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -287,6 +291,74 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, monkeypatch):
     assert final(tmp_path / "run")[0] == 2
 
 
+def test_sigterm_saves_the_present_step(tmp_path, monkeypatch, config_file, capsys):
+    class Terminated(Numbers):
+        def __next__(self):
+            if self.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__next__()
+
+    command = ["train", "--quiet", "--config", str(config_file), "--config.steps=5", "--config.save_every=4"]
+    linear(monkeypatch, Numbers())
+    assert cli.main([*command, "--workdir", str(tmp_path / "straight")]) == 0
+    numbers = linear(monkeypatch, Terminated())
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main([*command, "--workdir", str(tmp_path / "run")]) == 75
+    assert signal.getsignal(signal.SIGTERM) is before and numbers.closed and numbers.step == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "saved at step 3 of 5" in error
+    assert final_steps(tmp_path / "run") == [3] and not (tmp_path / "run" / "model").exists()
+    numbers = linear(monkeypatch, Numbers())
+    assert cli.main([*command, "--workdir", str(tmp_path / "run")]) == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatch):
+    def quiet(objective):
+        loss = lambda params, frozen, batch, key: (jnp.mean(jnp.square(batch["x"] @ params["net"]["kernel"] - 1.0)), {})
+        return dataclasses.replace(objective, loss=loss)
+
+    linear(monkeypatch, Numbers())
+    objective = quiet(objectives.make(None))
+    batch = {"x": np.random.default_rng(0).standard_normal((6, 3)).astype(np.float32)}
+    found = {}
+    for parts in (1, 3):
+        config = toy_loop(batch_size=6)
+        config.optimizer.accumulate = parts
+        program = make_program(config, objective, parallel.make_mesh({}, jax.devices()[:1]))
+        with program.context():
+            state = program.begin(program.init(jax.random.key(0)), jax.random.key(1))
+            found[parts] = program.step(state, {}, batch)[1]
+    for name in ("loss", "grad_norm", "param_norm"):
+        np.testing.assert_allclose(found[1][name], found[3][name], rtol=1e-6)
+    with pytest.raises(RefineError, match="batch_size 6: .*in 4 parts.*multiple of 4"):
+        config.optimizer.accumulate = 4
+        make_program(config, objective, parallel.make_mesh({}, jax.devices()[:1]))
+
+
+def test_what_a_resumption_changes_is_said(tmp_path, monkeypatch, capsys):
+    linear(monkeypatch, Numbers())
+    train(toy_loop(2), tmp_path / "run", progress=False)
+    assert capsys.readouterr().err == ""
+    linear(monkeypatch, Numbers())
+    train(toy_loop(3, seed=5, keep_every=2), tmp_path / "run", progress=False)
+    assert "another seed: the order of samples changes" in capsys.readouterr().err
+    # The noise is the run's: its key was saved.
+    assert final(tmp_path / "run")[1]["key"].tolist() == jax.random.key_data(jax.random.key(0)).tolist()
+
+
+def test_a_disk_without_room_is_said(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    linear(monkeypatch, Numbers())
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(RefineError) as error:
+        train(toy_loop(4), tmp_path / "run", progress=False)
+    assert "step 2" in str(error.value) and "No space left" in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_workdirs_that_cannot_be_used(tmp_path, monkeypatch, config_file, capsys):
     linear(monkeypatch, Numbers())
     (tmp_path / "file").write_text("x")
@@ -382,6 +454,68 @@ def test_refine_objective(vae_run, tmp_path, monkeypatch):
     picture = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
     result = refiner.refine(picture, (4, 4, 20, 20), "Refine the text 'A'", steps=1)
     assert result.size == (48, 40)
+
+
+def lora_config(model: Path) -> ml_collections.ConfigDict:
+    config = toy.refine_config("")
+    config.init_from, config.model, config.train_encoder, config.ema_decay = str(model), {}, False, 0.0
+    config.lora = dict(rank=2, alpha=6.0, targets=r"blocks/attn/to_(q|out)")
+    return config
+
+
+def test_a_lora_is_trained_killed_resumed_and_exported(tmp_path, monkeypatch, cache):
+    toy.write_model(tmp_path / "base")
+    config = lora_config(tmp_path / "base")
+    config.pictures = dict(every=2, count=1)
+    folder = train(config, tmp_path / "straight", progress=False)
+    interrupted(monkeypatch, config, tmp_path / "killed", at=3)
+    train(config, tmp_path / "killed", progress=False)
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+    file = folder / objectives.LORA_FILE
+    stored, other = (load_file(run / "model" / objectives.LORA_FILE) for run in (folder.parent, tmp_path / "killed"))
+    assert stored.keys() == other.keys() and len(stored) == 4 * toy.model_config().mmdit.num_layers
+    jax.tree.map(np.testing.assert_array_equal, stored, other)
+    state = final(tmp_path / "straight")[1]
+    attention = state["params"]["lora"]["mmdit"]["blocks"]["attn"]
+    assert set(attention) == {"to_q", "to_out"} and state["ema"] in ({}, None)
+    # The file holds alpha / rank = 3 in b; the base model is not in the state.
+    refiner = Refiner.load(tmp_path / "base", lora=file)
+    np.testing.assert_array_equal(refiner.lora["mmdit"]["blocks"]["attn"]["to_q"]["b"], 3 * attention["to_q"]["b"])
+    assert np.abs(attention["to_q"]["b"]).max() > 0
+    shown = sorted(path.name for path in (tmp_path / "straight" / "pictures").iterdir())
+    assert shown == ["00000002.png", "00000004.png"]
+    with Image.open(tmp_path / "straight" / "pictures" / shown[0]) as picture:
+        assert picture.size[0] > 3 * 128
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        (dict(lora=dict(rank=2, alpha=2.0, targets="nothing")), ("targets", "nothing")),
+        (dict(init_from=""), ("set init_from",)),
+        (dict(model=dict(steps=3)), ("init_from and model",)),
+        (dict(variant="qwen-image-edit-2511"), ("qwen-image-edit-2511", "variant")),
+        (dict(init_from="/nowhere"), ("/nowhere", "no such model")),
+    ],
+)
+def test_bad_loras(tmp_path, changes, words):
+    toy.write_model(tmp_path / "base")
+    config = lora_config(tmp_path / "base")
+    config.update(changes)
+    with pytest.raises(RefineError) as error:
+        train(config, tmp_path / "run", progress=False)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_whole_model_is_trained_further(tmp_path, cache):
+    toy.write_model(tmp_path / "base")
+    config = lora_config(tmp_path / "base")
+    config.lora, config.steps, config.save_every = None, 1, 1
+    config.optimizer.learning_rate = 0.0
+    folder = train(config, tmp_path / "run", progress=False)
+    before, after = (checkpoint.load_weights(f, toy.model_config().abstract()) for f in (tmp_path / "base", folder))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
 def test_a_frozen_encoder_comes_from_the_vaes_folder(tmp_path):
