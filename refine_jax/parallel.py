@@ -38,6 +38,8 @@ DEFAULT_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("act_embed", None),
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
+    ("time_rows", None),
+    ("act_time", None),
 )
 
 Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]

@@ -24,13 +24,11 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import AxisType, PartitionSpec
 
-from refine_jax.models.layers import fit_spec
+from refine_jax.models.layers import CHECKPOINT_NAME, fit_spec
 
 Array = jax.Array
 Kernel = Callable[[Array, Array, Array, Array | None], Array]
 
-# The name under which a remat policy may keep what attention returns (and, for splash, the softmax's log-sum-exp).
-CHECKPOINT_NAME = "attention"
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
 # From this many scores a head, a kernel pays; on a CPU, which is then kept waiting for memory, one head after another.

@@ -5,9 +5,9 @@ Networks are applied with plain (unboxed) trees. Names in use:
 
 - parameters: ``layers`` (scanned blocks), ``embed``, ``heads`` (heads x head_dim), ``mlp``, ``vocab``, ``norm``,
   ``time``, ``in_channels``, ``out_channels``, ``conv_in``, ``conv_out``, ``lora_rank``;
-- activations: ``batch``, ``length`` (image and joint tokens), ``text_length``, ``act_embed``, ``act_heads``,
-  ``act_mlp``. They differ from the parameters' names because the residual stream is normally whole along the features
-  on which FSDP splits the kernels.
+- activations: ``batch``, ``length`` (image tokens), ``text_length``, ``act_embed``, ``act_heads``, ``act_mlp``, and
+  ``time_rows``, ``act_time`` of a timestep's embedding, a vector a sample. They differ from the parameters' names
+  because the residual stream is normally whole along the features on which FSDP splits the kernels.
 """
 
 import math
@@ -25,6 +25,9 @@ from refine_jax.errors import RefineError
 
 Array = jax.Array
 Initializer = Callable[..., Array]
+
+# The name under which a remat policy may keep what attention returns (and, for splash, the softmax's log-sum-exp).
+CHECKPOINT_NAME = "attention"
 
 default_kernel_init = nn.initializers.lecun_normal()
 
@@ -53,6 +56,20 @@ def fit_spec(
         count = math.prod(mesh_shape[axis] for axis in group)
         fitted.append(otherwise if size % count else axes if count > 1 else None)
     return fitted
+
+
+def remat_policy(name: str) -> Callable[..., bool] | None:
+    """What a rematerialised block keeps for its gradient: "full" nothing, "attention" what attention returned (the
+    kernel is not run again), otherwise the name of a `jax.checkpoint_policies` policy. Raises RefineError.
+    """
+    if name == "full":
+        return None
+    if name == CHECKPOINT_NAME:
+        return jax.checkpoint_policies.save_only_these_names(name)
+    plain = ("dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable", "nothing_saveable")
+    if name not in plain:
+        raise RefineError(f"remat {name!r}: choose one of full, {CHECKPOINT_NAME}, {', '.join(plain)}")
+    return getattr(jax.checkpoint_policies, name)
 
 
 class Dense(nn.Module):

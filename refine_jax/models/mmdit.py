@@ -6,6 +6,7 @@ sequence. Norms, rotary embedding, timestep embedding and softmax are float32 in
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from refine_jax.models.layers import (
     apply_rotary,
     constrain,
     layer_norm,
+    remat_policy,
     rotary_angles,
     timestep_embedding,
 )
@@ -37,8 +39,8 @@ EPS = 1e-6
 class MMDiTConfig:
     """Sizes as in the `config.json` of a diffusers transformer folder, then how to compute.
 
-    zero_cond_t: condition-image tokens are modulated with t = 0 (Edit-2511). remat: None, "full", or the name of a
-    `jax.checkpoint_policies` policy. scan: blocks in one `nn.scan` over stacked parameters (`blocks`), otherwise one
+    zero_cond_t: condition-image tokens are modulated with t = 0 (Edit-2511). remat: what a block keeps for its gradient
+    (`layers.remat_policy`). scan: blocks in one `nn.scan` over stacked parameters (`blocks`), otherwise one
     module a block (`blocks_0`, …); `stack_blocks` and `unstack_blocks` convert trees.
     """
 
@@ -64,8 +66,8 @@ class MMDiTConfig:
                 f"axes_dims_rope {self.axes_dims_rope}: give even numbers that sum to attention_head_dim"
                 f" {self.attention_head_dim}"
             )
-        if self.remat not in (None, "full") and not hasattr(jax.checkpoint_policies, self.remat):
-            raise RefineError(f"remat {self.remat!r}: give 'full' or the name of a jax.checkpoint_policies policy")
+        if self.remat is not None:
+            remat_policy(self.remat)
 
     @property
     def width(self) -> int:
@@ -166,24 +168,24 @@ class JointAttention(nn.Module):
         config = self.config
         heads = (config.num_attention_heads, config.attention_head_dim)
 
-        def project(x: Array, name: str, norm: str | None) -> Array:
+        def project(x: Array, length: str, turns: tuple[Array, Array], name: str, norm: str | None) -> Array:
             x = _dense(config, config.width, ("embed", "heads"), name)(x).reshape(*x.shape[:2], *heads)
-            if norm is None:
-                return x
-            return RMSNorm(eps=EPS, dtype=config.dtype, param_dtype=config.param_dtype, name=norm)(x)
+            if norm is not None:
+                x = RMSNorm(eps=EPS, dtype=config.dtype, param_dtype=config.param_dtype, name=norm)(x)
+                x = apply_rotary(x, *turns, interleaved=True)
+            return constrain(x, "batch", length, "act_heads", None)
 
-        def joint(text_name: str, image_name: str, text_norm: str | None, image_norm: str | None) -> Array:
-            x = jnp.concatenate([project(text, text_name, text_norm), project(image, image_name, image_norm)], axis=1)
-            return constrain(x, "batch", "length", "act_heads", None)
-
-        q = apply_rotary(joint("add_q_proj", "to_q", "norm_added_q", "norm_q"), *rotary, interleaved=True)
-        k = apply_rotary(joint("add_k_proj", "to_k", "norm_added_k", "norm_k"), *rotary, interleaved=True)
-        v = joint("add_v_proj", "to_v", None, None)
-        out = attention(q, k, v, mask=mask, impl=config.attention_impl)
-        out = constrain(out.reshape(*out.shape[:2], config.width), "batch", "length", "act_heads")
-        split = text.shape[1]
-        text = _dense(config, config.width, ("heads", "embed"), "to_add_out")(out[:, :split])
-        image = _dense(config, config.width, ("heads", "embed"), "to_out")(out[:, split:])
+        # The streams meet in the kernel: joined here, a length that the mesh splits would have to be dealt out anew.
+        of_text = partial(project, text, "text_length", tuple(x[:, : text.shape[1]] for x in rotary))
+        of_image = partial(project, image, "length", tuple(x[:, text.shape[1] :] for x in rotary))
+        q = of_text("add_q_proj", "norm_added_q"), of_image("to_q", "norm_q")
+        k = of_text("add_k_proj", "norm_added_k"), of_image("to_k", "norm_k")
+        v = of_text("add_v_proj", None), of_image("to_v", None)
+        text, image = attention(q, k, v, mask=mask, impl=config.attention_impl)
+        text = constrain(text.reshape(*text.shape[:2], config.width), "batch", "text_length", "act_heads")
+        image = constrain(image.reshape(*image.shape[:2], config.width), "batch", "length", "act_heads")
+        text = _dense(config, config.width, ("heads", "embed"), "to_add_out")(text)
+        image = _dense(config, config.width, ("heads", "embed"), "to_out")(image)
         return text, image
 
 
@@ -209,7 +211,7 @@ class Block(nn.Module):
 
         def modulation(name: str, time: Array) -> list[Array]:
             x = _dense(config, 6 * config.width, ("embed", "time"), name, _zeros)(time)
-            return jnp.split(x, 6, axis=-1)
+            return jnp.split(constrain(x, "time_rows", "act_time"), 6, axis=-1)
 
         def spread(x: Array) -> Array:  # [B(+1), width] -> broadcastable to [B, N, width]
             if is_target is None:
@@ -279,6 +281,8 @@ class MMDiT(nn.Module):
             is_target = jnp.arange(n_image) < target_length
             sigma = jnp.concatenate([sigma, jnp.zeros((1,), jnp.float32)])
         time = nn.silu(TimeEmbedding(config, name="time_text_embed")(sigma)).astype(dtype)
+        # A few vectors, whole everywhere: a third of the parameters act on them alone and need not be gathered.
+        time = constrain(time, "time_rows", "act_time")
 
         # A text token has the same position on the three axes.
         positions = jnp.concatenate(
@@ -295,8 +299,7 @@ class MMDiT(nn.Module):
 
         block = Block
         if config.remat is not None:
-            policy = None if config.remat == "full" else getattr(jax.checkpoint_policies, config.remat)
-            block = nn.remat(Block, policy=policy, prevent_cse=not config.scan)
+            block = nn.remat(Block, policy=remat_policy(config.remat), prevent_cse=not config.scan)
         if config.scan:
             scanned = nn.scan(
                 block,
