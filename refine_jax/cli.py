@@ -3,10 +3,11 @@
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from refine_jax import __version__
+from refine_jax import __version__, distributed
 from refine_jax.errors import Preempted, RefineError
 
 
@@ -222,6 +223,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    distributed.start()  # before anything touches a device
     from refine_jax.train import load_config, train
 
     folder = train(load_config(args.config, overrides), Path(args.workdir), progress=not args.quiet)
@@ -254,9 +256,18 @@ def _overrides(command: str, rest: list[str]) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 where a training diverged, 2 for bad input, 75 where a training was
-    preempted and saved, 130 when interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one command. Returns the exit code: 0, 1 where a training diverged, 2 for bad input, 69 where the processes
+    of a training did not find each other, 75 where it was preempted and saved, 130 when interrupted."""
+    try:
+        return distributed.leave(_main(sys.argv[1:] if argv is None else argv))
+    except Exception:
+        if distributed.alone():
+            raise
+        traceback.print_exc()
+        return distributed.leave(1)
+
+
+def _main(argv: list[str]) -> int:
     try:
         args, rest = _parser(argv[0] if argv else None).parse_known_args(argv)
         overrides = _overrides(args.command, rest)
@@ -272,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
             _evaluate(args)
     except RefineError as error:
         print(f"refine-jax: {error}", file=sys.stderr)
-        return 2
+        return distributed.START_FAILED if isinstance(error, distributed.StartError) else 2
     except FloatingPointError as error:
         print(f"refine-jax: {error}", file=sys.stderr)
         return 1
