@@ -83,11 +83,13 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if devices[0].platform == "tpu" and sizes[0] != slices:
         raise RefineError(f"mesh.slice {sizes[0]}: the devices are {slices} slice(s); give slice={slices}")
+    # Splitting a physical axis is allowed: 8 x 2 on a torus of 4 x 4.
     if 1 < slices == sizes[0]:
         inner, outer = (1, *sizes[1:]), (sizes[0], *[1] * (len(sizes) - 1))
         placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-        return Mesh(placed, MESH_AXES, axis_types=kinds)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
+    else:
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=kinds)
 
 
 def param_shardings(abstract: Any, mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Any:
