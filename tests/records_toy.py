@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from refine_jax.data import records
+from refine_jax.data import records, writer
 
 
 def pair(number: int, seed: int = 0):
@@ -25,13 +25,13 @@ def pair(number: int, seed: int = 0):
 
 def make(number: int) -> records.Record:
     image, target, mask, reference, instruction = pair(number)
-    return records.make_record(
+    return writer.make_record(
         image, target, mask, instruction, reference, kind="toy", source=f"noise {number}", licence="CC0"
     )
 
 
 def write(folder, count: int = 30, shards: int = 3) -> records.Dataset:
-    return records.write_dataset(folder, make, count, {"kind": "toy"}, shards=shards)
+    return writer.write_dataset(folder, make, count, {"kind": "toy"}, shards=shards)
 
 
 def damage(path, data: bytes) -> None:

@@ -31,7 +31,7 @@ def test_synth_writes_whole_scenes_with_one_damaged_region(tmp_path, capsys):
         record, scene = dataset[number], synth.scene(3, number, "train")
         region = scene["instructions"].index(record.instruction)
         inside = scene["masks"][region] > 0
-        image, target = toy.pixels(record.image), toy.pixels(record.target)
+        image, target = np.asarray(record.whole_image()), toy.pixels(record.target)
         assert np.array_equal(target, scene["target"])
         assert np.array_equal(image[inside], scene["image"][inside])
         assert np.array_equal(image[~inside], target[~inside])  # the scene's other regions are intact
@@ -126,7 +126,8 @@ def test_import_of_a_jsonl_file(source, tmp_path, capsys):
     for number in range(3):
         image, target, mask, reference, text = toy.pair(number + 1)
         record = dataset[number]
-        assert record.image == (source / f"i{number + 1}.png").read_bytes() and record.source == "mine"
+        assert record.target == (source / f"t{number + 1}.png").read_bytes() and record.source == "mine"
+        assert np.array_equal(record.whole_image(), image)
         assert record.box == Image.fromarray(mask).getbbox() and record.instruction == text
         assert (record.reference is not None) == (reference is not None)
         marked = toy.pixels(record.mask)

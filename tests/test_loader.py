@@ -1,9 +1,11 @@
 """Batches of a dataset: every record once an epoch, the same on any number of hosts and workers, damage counted."""
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
 
+import jax
 import numpy as np
 import pytest
 import records_toy as toy
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from refine_jax import focus
-from refine_jax.data import loader, records
+from refine_jax.data import loader, pixels, records, writer
 from refine_jax.data.plan import Plan, enlarge
 from refine_jax.errors import RefineError
 
@@ -153,18 +155,44 @@ def test_batches_have_the_promised_form_and_content(dataset):
             crop = focus.focus_box(box, *mask.shape[::-1], margin=200.0)
             crop = enlarge(crop, *mask.shape[::-1], width / height)
             for name, whole in (("image", image), ("target", target)):
-                wanted = Image.fromarray(whole).crop(crop).resize((width, height), Image.Resampling.LANCZOS)
-                assert np.array_equal(batch[name][row], wanted)
+                assert np.array_equal(
+                    batch[name][row], pixels.resize(Image.fromarray(whole).crop(crop), (height, width))
+                )
             cut = Image.fromarray(mask).crop(crop).resize((width, height), Image.Resampling.NEAREST)
             assert np.array_equal(batch["mask"][row], cut) and set(np.unique(cut)) <= {0, 255}
             assert batch["has_reference"][row] == (reference is not None)
             if reference is None:
                 assert not batch["reference"][row].any()
             else:
-                wanted = Image.fromarray(reference).resize(shown[::-1], Image.Resampling.LANCZOS)
-                assert np.array_equal(batch["reference"][row], wanted)
+                assert np.array_equal(batch["reference"][row], pixels.resize(Image.fromarray(reference), shown))
             assert loader.decode_instruction(batch["instruction"][row]) == text
     assert set(seen) == set(range(30))
+
+
+def test_resizing_is_that_of_refine_to_the_bit():
+    noise = np.random.default_rng(1).integers(0, 256, (30, 200, 3), np.uint8)
+    seen = jax.jit(lambda image: focus.resample(image, None, (64, 48), "lanczos", quantize=True))(noise)
+    assert np.array_equal(pixels.resize(Image.fromarray(noise), (64, 48)), seen)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data(), st.sampled_from([(32, 96), (64, 64), (17, 40), (96, 32), (33, 35)]), st.integers(0, 2**32))
+def test_a_part_resized_alone_is_that_part_of_the_whole(data, size, seed):
+    """An image stored as the part that differs from the target comes out as if it were stored whole, to the bit."""
+    rng = np.random.default_rng(seed)
+    width, height = data.draw(st.integers(12, 200)), data.draw(st.integers(12, 200))
+    span = lambda side: [int(v) for v in np.sort(rng.choice(side + 1, 2, replace=False))]
+    (x1, x2), (y1, y2), (cx1, cx2), (cy1, cy2) = span(width), span(height), span(width), span(height)
+    grey = data.draw(st.booleans())
+    target = rng.integers(0, 256, (height, width) if grey else (height, width, 3), np.uint8)
+    image = target.copy()
+    image[y1:y2, x1:x2] ^= 255
+    stored = writer.make_record(image, target, (x1, y1, x2, y2), "x")
+    whole = dataclasses.replace(stored, image=writer.make_record(255 - image, image, (0, 0, 1, 1), "x").target)
+    whole = dataclasses.replace(whole, image_box=None)
+    crop = (cx1, cy1, cx2, cy2)
+    for a, b in zip(pixels.image_and_target(stored, crop, size), pixels.image_and_target(whole, crop, size)):
+        assert a.shape == (*size, 3) and np.array_equal(a, b)
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -213,9 +241,9 @@ def test_a_region_thinner_than_the_samples_stays_visible(tmp_path):
         mask = np.zeros((height, width), np.uint8)
         mask[41, 3:290] = 255
         picture = np.full((height, width, 3), 90, np.uint8)
-        return records.make_record(picture, picture, mask, "Refine the line")
+        return writer.make_record(picture, picture, mask, "Refine the line")
 
-    run = batches(records.write_dataset(tmp_path / "set", make, 1, {}), batch_size=1, buckets=((16, 48),), margin=0.0)
+    run = batches(writer.write_dataset(tmp_path / "set", make, 1, {}), batch_size=1, buckets=((16, 48),), margin=0.0)
     mask = next(run)["mask"][0]
     assert mask.any() and set(np.unique(mask)) == {0, 255}
 
@@ -223,8 +251,8 @@ def test_a_region_thinner_than_the_samples_stays_visible(tmp_path):
 def test_long_instructions_are_whole_or_cut_between_characters(tmp_path):
     text = "Verfeinere die Schrift „Straßenbahnhaltestelle“ " * 9
     picture = np.zeros((20, 20, 3), np.uint8)
-    make = lambda number: records.make_record(picture, picture, (2, 2, 9, 9), text)
-    dataset = records.write_dataset(tmp_path / "set", make, 1, {})
+    make = lambda number: writer.make_record(picture, picture, (2, 2, 9, 9), text)
+    dataset = writer.write_dataset(tmp_path / "set", make, 1, {})
     whole = next(batches(dataset, batch_size=1))["instruction"][0]
     assert len(whole) == len(text.encode()) and loader.decode_instruction(whole) == text
     for width in range(12, 30):

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from refine_jax.data import records
+from refine_jax.data import records, writer
 from refine_jax.errors import RefineError
 from refine_jax.images import read_picture
 
@@ -48,7 +48,9 @@ def test_what_goes_in_comes_out(whole):
         record = dataset[number]
         height, width = mask.shape
         assert record.size == (width, height) and record.instruction == instruction
-        assert np.array_equal(toy.pixels(record.image), image) and np.array_equal(toy.pixels(record.target), target)
+        assert np.array_equal(np.asarray(record.whole_image()), image) and np.array_equal(
+            toy.pixels(record.target), target
+        )
         x1, y1, x2, y2 = record.box
         again = np.zeros_like(mask)
         again[y1:y2, x1:x2] = 255 * toy.pixels(record.mask)
@@ -75,7 +77,7 @@ def test_any_record_survives_encoding(text, kind, shape, data):
     x1, y1 = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
     box = (x1, y1, data.draw(st.integers(x1 + 1, width)), data.draw(st.integers(y1 + 1, height)))
     picture = np.zeros((height, width, 3), np.uint8)
-    record = records.make_record(picture, picture, box, text, picture, kind=kind)
+    record = writer.make_record(picture, picture, box, text, picture, kind=kind)
     assert records.decode(records.encode(record), np.array(record.row(), np.int32)) == record
     assert record.box == box and toy.pixels(record.mask).all()
 
@@ -89,7 +91,7 @@ def test_plain_files_keep_their_bytes_and_others_the_pixels_that_refine_sees(tmp
     grey = tmp_path / "grey.jpg"
     Image.fromarray(image[..., 0]).save(grey)
     for path in (*files.values(), grey):
-        assert records.make_record(path, path, mask, text).image == path.read_bytes()
+        assert writer.make_record(path, path, mask, text, path).target == path.read_bytes()
 
     turned = tmp_path / "turned.jpg"
     exif = Image.Exif()
@@ -103,11 +105,28 @@ def test_plain_files_keep_their_bytes_and_others_the_pixels_that_refine_sees(tmp
     sixteen = tmp_path / "sixteen.png"
     Image.fromarray(image[..., 0].astype(np.uint16) * 256).save(sixteen)
     for path in (turned, clear, sixteen, profiled):
-        record = records.make_record(path, path, mask, text)
-        seen = toy.pixels(record.image)
-        assert path == profiled or record.image != path.read_bytes()
+        record = writer.make_record(path, path, mask, text)
+        seen = toy.pixels(record.target)
+        assert path == profiled or record.target != path.read_bytes()
         assert record.size == image.shape[1::-1]
         assert np.array_equal(seen if seen.ndim == 3 else np.repeat(seen[..., None], 3, 2), read_picture(path).rgb)
+
+
+def test_an_image_that_differs_in_a_part_is_stored_as_that_part(tmp_path):
+    image, target, mask, _, text = toy.pair(2)
+    Image.fromarray(target).save(tmp_path / "photo.jpg", quality=90)
+    seen = toy.pixels((tmp_path / "photo.jpg").read_bytes())
+    damaged = seen.copy()
+    damaged[3:9, 5:12] ^= 255
+    Image.fromarray(damaged).save(tmp_path / "damaged.png")
+    record = writer.make_record(tmp_path / "damaged.png", tmp_path / "photo.jpg", (4, 3, 9, 9), text)
+    assert record.image_box == (5, 3, 12, 9) and toy.pixels(record.image).shape == (6, 7, 3)
+    assert record.target == (tmp_path / "photo.jpg").read_bytes()
+    assert np.array_equal(record.whole_image(), damaged)
+    # Compressed again, it differs everywhere.
+    Image.fromarray(damaged).save(tmp_path / "damaged.jpg", quality=60)
+    record = writer.make_record(tmp_path / "damaged.jpg", tmp_path / "photo.jpg", (4, 3, 9, 9), text)
+    assert record.image_box is None and record.image == (tmp_path / "damaged.jpg").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +144,7 @@ def test_a_record_that_cannot_be_made_says_why(change, message):
     image, target, mask, reference, instruction = toy.pair(1)
     good = dict(image=image, target=target, mask=mask, instruction=instruction, reference=reference)
     with pytest.raises(RefineError, match=message):
-        records.make_record(**{**good, **change})
+        writer.make_record(**{**good, **change})
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
@@ -215,7 +234,7 @@ def test_the_bytes_depend_on_the_recipe_alone(whole, tmp_path):
 
 
 def test_workers_write_the_same(whole, tmp_path):
-    records.write_dataset(tmp_path / "set", toy.make, 12, {"kind": "toy"}, shards=3, workers=1)
+    writer.write_dataset(tmp_path / "set", toy.make, 12, {"kind": "toy"}, shards=3, workers=1)
     assert _bytes(tmp_path / "set") == _bytes(whole)
     assert records.verify(records.Dataset(whole))[1] == {"toy": 12}
 
@@ -226,11 +245,11 @@ def test_a_killed_writer_continues_to_identical_bytes(whole, tmp_path):
     code = textwrap.dedent("""
         import sys, time
         import records_toy as toy
-        from refine_jax.data import records
+        from refine_jax.data import writer
         def slow(number):
             time.sleep(0.05)
             return toy.make(number)
-        records.write_dataset(sys.argv[1], slow, 12, {"kind": "toy"}, shards=3)
+        writer.write_dataset(sys.argv[1], slow, 12, {"kind": "toy"}, shards=3)
     """)
     child = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=os.path.dirname(__file__))
     finished = shards / "00000-of-00003.json"
@@ -243,7 +262,7 @@ def test_a_killed_writer_continues_to_identical_bytes(whole, tmp_path):
     with pytest.raises(RefineError, match="unfinished dataset; run the command"):
         records.Dataset(folder)
     with pytest.raises(RefineError, match="unfinished dataset of another recipe"):
-        records.write_dataset(folder, toy.make, 12, {"kind": "other"}, shards=3)
+        writer.write_dataset(folder, toy.make, 12, {"kind": "other"}, shards=3)
     first = shards / "00000-of-00003.array_record"
     before = first.stat().st_mtime_ns
     toy.write(folder, 12, 3)
@@ -258,7 +277,7 @@ def test_all_that_cannot_be_made_is_listed_and_nothing_is_left(tmp_path):
         return toy.make(number)
 
     with pytest.raises(RefineError, match="2 of 12 records cannot be made: line 3: bad, line 8: bad"):
-        records.write_dataset(tmp_path / "set", make, 12, {}, shards=3)
+        writer.write_dataset(tmp_path / "set", make, 12, {}, shards=3)
     assert not (tmp_path / "set").exists()
 
 

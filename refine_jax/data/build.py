@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from refine_jax import focus
-from refine_jax.data import assets, records, synth
+from refine_jax.data import assets, records, synth, writer
 from refine_jax.data.plan import Plan, enlarge
 from refine_jax.errors import RefineError, listed
 
@@ -37,7 +37,7 @@ def synth_record(seed: int, split: str, size: tuple[int, int], index: int) -> re
     region = index % len(scene["masks"])
     mask = scene["masks"][region]
     draw = np.random.PCG64(np.random.SeedSequence((seed, index, 3))).random_raw() / 2**64
-    return records.make_record(
+    return writer.make_record(
         np.where(mask[..., None] > 0, scene["image"], scene["target"]),
         scene["target"],
         mask,
@@ -62,7 +62,7 @@ def write_synth(
 ) -> records.Dataset:
     """Write `count` procedural pairs; `size` bounds the pictures' sides (multiples of 16). Resumes after a kill.
 
-    Raises `RefineError` for sizes out of range, when asset packages are missing, and as `records.write_dataset` does.
+    Raises `RefineError` for sizes out of range, when asset packages are missing, and as `writer.write_dataset` does.
     """
     if not 256 <= size[0] <= size[1] <= 4096 or any(side % 16 for side in size):
         raise RefineError(f"size {size[0]},{size[1]}: give two multiples of 16 from 256 to 4096, the smaller one first")
@@ -71,7 +71,7 @@ def write_synth(
     assets.faces(split), assets.logos(split), assets.photo_files(split)
     recipe = {"kind": "synth", "seed": seed, "split": split, "size": list(size)}
     make = functools.partial(synth_record, seed, split, tuple(size))
-    return records.write_dataset(output, make, count, recipe, shards=shards, workers=workers, progress=progress)
+    return writer.write_dataset(output, make, count, recipe, shards=shards, workers=workers, progress=progress)
 
 
 # --------------------------------------------------------------------------------------------------- a user's own files
@@ -102,7 +102,7 @@ class Entry:
         try:
             values = dataclasses.asdict(self)
             del values["where"]
-            return records.make_record(**values)
+            return writer.make_record(**values)
         except RefineError as error:
             raise RefineError(f"{self.where}: {error}") from None
 
@@ -237,7 +237,7 @@ def write_import(
         digest.update(repr((entry, [(stat.st_size, stat.st_mtime_ns) for stat in stats])).encode())
     recipe = {"kind": "import", "source": Path(source).name, "fingerprint": digest.hexdigest()}
     make = _Import(entries)
-    return records.write_dataset(output, make, len(entries), recipe, shards=shards, workers=workers, progress=progress)
+    return writer.write_dataset(output, make, len(entries), recipe, shards=shards, workers=workers, progress=progress)
 
 
 # ---------------------------------------------------------------------------------------------------------------- check

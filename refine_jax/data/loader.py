@@ -11,10 +11,9 @@ from functools import partial
 import grain
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from refine_jax import focus
-from refine_jax.data import assets, synth
+from refine_jax.data import assets, pixels, synth
 from refine_jax.data.plan import Plan, enlarge
 from refine_jax.data.records import Dataset, Record, open_picture
 from refine_jax.errors import RefineError
@@ -239,16 +238,16 @@ class _Records:
     def _row(self, number: int, step: int, row: int, size: Size, reference_size: Size) -> dict[str, np.ndarray]:
         record = self.dataset[number]
         crop = self._crop(record, step, row, size)
-        image = open_picture(record.image, record.size, "image")
-        target = open_picture(record.target, record.size, "target")
+        image, target = pixels.image_and_target(record, crop, size)
         if record.reference is None:
             reference = np.zeros((*reference_size, 3), np.uint8)
         else:
-            reference = _resized(open_picture(record.reference, record.reference_size, "reference"), reference_size)
+            shown = open_picture(record.reference, record.reference_size, "reference")
+            reference = pixels.array(pixels.resize(shown, reference_size))
         return {
-            "image": _resized(image.crop(crop), size),
-            "target": _resized(target.crop(crop), size),
-            "mask": _mask(record, crop, size),
+            "image": image,
+            "target": target,
+            "mask": pixels.region(record, crop, size),
             "reference": reference,
             "has_reference": np.bool_(record.reference is not None),
             "instruction": encode_instruction(record.instruction, self.instruction_bytes),
@@ -261,31 +260,6 @@ class _Records:
             margin *= 1.0 + self.jitter * (2.0 * draw - 1.0)
         box = focus.focus_box(np.array(record.box), *record.size, margin=margin)
         return enlarge(box, *record.size, size[1] / size[0])
-
-
-def _resized(image: Image.Image, size: Size) -> np.ndarray:
-    """[h, w, 3] uint8, as `conditioning.view` looks at a crop or a reference."""
-    if image.size != size[::-1]:
-        image = image.resize(size[::-1], Image.Resampling.LANCZOS)
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _mask(record: Record, crop: tuple[int, int, int, int], size: Size) -> np.ndarray:
-    """[h, w] uint8, 0 or 255: the region, to the nearest pixel, never empty."""
-    x1, y1, x2, y2 = record.box
-    region = open_picture(record.mask, (x2 - x1, y2 - y1), "mask")
-    canvas = Image.new("L", (crop[2] - crop[0], crop[3] - crop[1]))
-    canvas.paste(region, (x1 - crop[0], y1 - crop[1]))
-    mask = np.asarray(canvas.resize(size[::-1], Image.Resampling.NEAREST))
-    if mask.any():
-        return mask
-    # A line thinner than the distance of two samples: every pixel that it crosses.
-    rows, columns = np.nonzero(np.asarray(canvas))
-    if not len(rows):
-        raise RefineError("mask: nothing is marked")
-    mask = np.zeros(size, np.uint8)
-    mask[rows * size[0] // canvas.height, columns * size[1] // canvas.width] = 255
-    return mask
 
 
 class RecordBatches(Batches):
@@ -344,7 +318,7 @@ def record_batches(
     where there is none), has_reference: [b] bool, instruction: [b, n] uint8, skipped: [b] int32} with
     b = batch_size / process_count; (h, w) is one of `buckets` and (h', w') one of `reference_buckets` (default:
     `buckets`), the same on all hosts at a step. Crops are those of `refine` (`focus.focus_box`), grown to the bucket's
-    aspect as far as the picture allows; pictures are resized with Lanczos, masks to the nearest pixel.
+    aspect as far as the picture allows; pictures are resized as there, masks to the nearest pixel.
 
     Args:
       margin: around the region, in pixels of a picture scaled to `focus.FOCUS_AREA`; margin_jitter: each row's margin
