@@ -5,6 +5,7 @@
 # --dry-run prints it, quoted for bash, and runs nothing.
 
 set -euo pipefail
+shopt -s inherit_errexit
 
 # The exit codes of `refine-jax train`.
 readonly FAILED=1 BAD_INPUT=2 PREEMPTED=75

@@ -137,7 +137,11 @@ if [[ $ACTION == create || $ACTION == run || $ACTION == resume ]]; then
   ((CHIPS % 4 == 0)) || bad "--topology $TOPOLOGY: $CHIPS chips; a host has 4, give whole hosts"
   HOSTS=$((CHIPS / 4))
 fi
-if [[ $ACTION == run || $ACTION == resume ]]; then training; fi
+if [[ $ACTION == run || $ACTION == resume ]]; then
+  training
+  # Kubernetes puts variables in the place of $(NAME) in a command; $$ is a $.
+  TRAINING_JSON=$(json "${TRAINING[@]//\$/\$\$}")
+fi
 
 KUBECTL=(kubectl ${CONTEXT:+"--context=$CONTEXT"} ${NAMESPACE:+"--namespace=$NAMESPACE"})
 WHERE=("--cluster=$CLUSTER" "--location=$LOCATION" ${PROJECT:+"--project=$PROJECT"})
@@ -177,7 +181,8 @@ spec:
     maxRestarts: $MAX_RESTARTS
     rules:
     # Exit codes 1 and 2, by the Job's policy below: to run again would not help.
-    - action: FailJobSet
+    - name: stop
+      action: FailJobSet
       onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
   - name: slice
@@ -230,7 +235,7 @@ YAML
             containers:
             - name: train
               image: "$IMAGE"
-              command: [$(json "${TRAINING[@]}")]
+              command: [$TRAINING_JSON]
               resources:
                 requests: {google.com/tpu: 4}
                 limits: {google.com/tpu: 4}

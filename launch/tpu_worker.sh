@@ -62,6 +62,7 @@ start() {
   rm -f "$HOME_OF_RUN/code" "$HOME_OF_RUN/pid"
   # 9, the lock, goes to the run and to all that it starts.
   setsid nohup bash "${BASH_SOURCE[0]}" _run "$NAME" "$@" </dev/null >>"$HOME_OF_RUN/log" 2>&1 &
+  echo "$!" >"$HOME_OF_RUN/pid"
   echo "$(hostname): started"
 }
 
@@ -72,7 +73,6 @@ _run() {
   PATH=$HOME_OF_RUN/venv/bin:$PATH PYTHONUNBUFFERED=1 "$@" &
   child=$!
   trap 'asked=1; kill -TERM "$child" 2>/dev/null || true' TERM
-  echo "$$" >"$HOME_OF_RUN/pid"
   while true; do
     code=0
     wait "$child" || code=$?
