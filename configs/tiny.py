@@ -91,6 +91,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.boundary = dict(r_out=2, r_in=2, alpha=1.0)
 
     config.data = dict(
+        source="synth",
         buckets=((32, 96), (32, 128), (64, 64), (64, 96)),
         weights=(0.36, 0.26, 0.32, 0.06),
         text_length=72,

@@ -18,6 +18,7 @@ import numpy as np
 from refine_jax import checkpoint, conditioning, flow, loading, losses, prompts
 from refine_jax.convert import lora as lora_files
 from refine_jax.data import loader, synth
+from refine_jax.data.records import Dataset, open_picture
 from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig, encode_images, encode_prompts, velocity
 from refine_jax.models.layers import init_lora, rotary_frequencies
@@ -170,17 +171,25 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         fold = lambda path, leaf: leaf * scale if path[-1].key == "b" and scale != 1.0 else leaf
         return jax.tree_util.tree_map_with_path(fold, params.get("lora", {}))
 
+    kinds = ("synth", "records")
+    if data.source not in kinds:
+        raise RefineError(f"data.source {data.source!r}: choose one of {', '.join(kinds)}")
+    buckets = [tuple(bucket) for bucket in data.buckets]
+
     def batches() -> Iterator:
-        pairs = loader.refine_batches(
-            seed=config.seed,
-            batch_size=config.batch_size,
-            buckets=[tuple(bucket) for bucket in data.buckets],
-            weights=tuple(data.weights),
-            split="train",
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=data.workers,
-        )
+        hosts = dict(process_index=jax.process_index(), process_count=jax.process_count(), workers=data.workers)
+        common = dict(seed=config.seed, batch_size=config.batch_size, buckets=buckets, **hosts)
+        if data.source == "synth":
+            pairs = loader.refine_batches(split="train", weights=tuple(data.weights), **common)
+        else:
+            pairs = loader.record_batches(
+                Dataset(data.path),
+                margin=model.margin,
+                margin_jitter=data.get("margin_jitter", 0.0),
+                reference_buckets=data.get("reference_buckets"),
+                max_corrupt=data.get("max_corrupt", 0.01),
+                **common,
+            )
         tokenizer = source.tokenizer()
         return _Prompted(pairs, model, tokenizer, data.text_length, config.instruction_dropout, config.seed)
 
@@ -202,7 +211,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
                 has_reference=shape(jnp.bool_),
                 prompt=prompt,
             )
-            for bucket in data.buckets
+            for bucket in buckets
         ]
 
     def loss(params: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
@@ -227,7 +236,9 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         return Refiner(model, trees, source.tokenizer(), adapters(params), mesh=mesh, rules=rules)
 
     def samples(count: int) -> list[dict[str, Any]]:
-        found = [synth.sample(_SAMPLES, k, tuple(data.buckets[k % len(data.buckets)]), "eval") for k in range(count)]
+        if data.source == "records":
+            return _record_samples(Dataset(data.get("validation") or data.path), count)
+        found = [synth.sample(_SAMPLES, k, buckets[k % len(buckets)], "eval") for k in range(count)]
         return [
             dict(
                 image=pair["image"],
@@ -253,6 +264,28 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         samples=samples,
         model=model,
     )
+
+
+def _record_samples(dataset: Dataset, count: int) -> list[dict[str, Any]]:
+    """The first records of a dataset, as requests."""
+    samples = []
+    for number in range(min(count, len(dataset))):
+        record = dataset[number]
+        picture = lambda data, size, name: open_picture(data, size, name).convert("RGB")
+        reference = record.reference and picture(record.reference, record.reference_size, "reference")
+        (width, height), (x1, y1, x2, y2) = record.size, record.box
+        mask = np.zeros((height, width), np.uint8)
+        mask[y1:y2, x1:x2] = np.asarray(open_picture(record.mask, (x2 - x1, y2 - y1), "mask")) > 0
+        samples.append(
+            dict(
+                image=np.asarray(record.whole_image().convert("RGB")),
+                mask_or_box=mask,
+                prompt=record.instruction,
+                reference=reference,
+                target=np.asarray(picture(record.target, record.size, "target")),
+            )
+        )
+    return samples
 
 
 def _start(
@@ -422,8 +455,14 @@ class _Prompted:
         texts = [self._model.negative_prompt if draw < self._dropout else text for draw, text in zip(draws, texts)]
         encoded = [self._encode(text, grids, here) for text, here in zip(texts, batch["has_reference"].tolist())]
         batch["prompt"] = vars(prompts.pad_prompts(encoded, self._length))
-        batch.pop("is_logo", None)
+        for name in ("is_logo", "skipped"):
+            batch.pop(name, None)
         return batch
+
+    @property
+    def corrupt(self) -> int:
+        """How many records this host had to leave out so far."""
+        return len(getattr(self._pairs, "corrupt", ()))
 
     def _encode(self, text: str, grids: Sequence[tuple[int, int]], has_reference: bool) -> prompts.TokenizedPrompt:
         """A prompt of at most the batch's length: a longer instruction (a logo of many words) loses its end."""

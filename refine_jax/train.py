@@ -321,7 +321,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
 
         # -------------------------------------------------------------- the loop
         stack.enter_context(program.context())
-        watch = stack.enter_context(closing(Watch(workdir, config, program, objective, first, elapsed, progress)))
+        watch = Watch(workdir, config, program, objective, batches, first, elapsed, progress)
+        stack.enter_context(closing(watch))
 
         def save(step: int) -> None:
             position = {"iterator": batches.get_state(), "elapsed": watch.elapsed(), **_order(config)}

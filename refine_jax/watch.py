@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from refine_jax import checkpoint
+from refine_jax import checkpoint, focus, images
 from refine_jax.errors import RefineError
 
 PROFILED_STEPS = 5
@@ -38,11 +38,13 @@ class Watch:
         config: ml_collections.ConfigDict,
         program: Any,
         objective: Any,
+        batches: Any,
         first: int,
         elapsed: float,
         progress: bool,
     ):
         self._workdir, self._config, self._program, self._objective = workdir, config, program, objective
+        self._batches = batches
         self._before, self._started = elapsed, time.perf_counter()
         self._recent: list[dict[str, Any]] = []
         self._seconds: list[float] = []
@@ -112,12 +114,14 @@ class Watch:
         means["images_per_second"] = rate * self._config.batch_size
         if self._flops and self._peak:
             means["mfu"] = rate * self._flops / self._peak
+        if corrupt := getattr(self._batches, "corrupt", 0):
+            means["corrupt_records"] = corrupt
         if self._speaks:
             rounded = {k: round(v, 6) if math.isfinite(v) else None for k, v in means.items()}
             self._scalars.write(json.dumps(rounded) + "\n")
             self._scalars.flush()
-            shown = ("loss", "grad_norm", "images_per_second", "mfu", "data_wait")
-            names = {"images_per_second": "images/s", "data_wait": "wait"}
+            shown = ("loss", "grad_norm", "images_per_second", "mfu", "data_wait", "corrupt_records")
+            names = {"images_per_second": "images/s", "data_wait": "wait", "corrupt_records": "corrupt"}
             self._bar.set_postfix({names.get(k, k): f"{means[k]:.3g}" for k in shown if k in means}, refresh=False)
         if self._board is not None:
             for name, value in means.items():
@@ -140,9 +144,7 @@ class Watch:
         results = refiner.refine_batch(requests)
         self._moment = None  # this was no step
         if self._speaks:
-            grid = _grid(
-                [(sample["image"], result, sample["target"]) for sample, result in zip(self._samples, results)]
-            )
+            grid = _grid([_row(sample, result) for sample, result in zip(self._samples, results)])
             path = self._workdir / "pictures" / f"{done:08d}.png"
             path.parent.mkdir(exist_ok=True)
             aside = path.with_suffix(".partial")
@@ -202,13 +204,20 @@ def _lines(history: Path, last: int) -> list[str]:
     return lines
 
 
-def _grid(rows: list[tuple[Any, ...]], height: int = 128) -> Image.Image:
+def _row(sample: Mapping[str, Any], result: Image.Image) -> list[np.ndarray]:
+    """Input, result, target, around the region."""
+    box, _ = focus.mask_box(images.region_masks(sample["mask_or_box"], result.size)[0])
+    x1, y1, x2, y2 = focus.focus_box(box, *result.size) if sample.get("focus", True) else (0, 0, *result.size)
+    return [np.array(picture)[y1:y2, x1:x2, :3].copy() for picture in (sample["image"], result, sample["target"])]
+
+
+def _grid(rows: list[list[np.ndarray]], height: int = 128) -> Image.Image:
     """Pictures of a row side by side at one height, rows one below the other."""
     if not rows:
         raise RefineError("pictures.count: give at least 1")
     strips = []
     for row in rows:
-        tiles = [Image.fromarray(np.asarray(tile)[..., :3]) for tile in row]
+        tiles = [Image.fromarray(tile) for tile in row]
         tiles = [tile.resize((max(1, round(tile.width * height / tile.height)), height)) for tile in tiles]
         strip = Image.new("RGB", (sum(tile.width + 4 for tile in tiles), height + 4), "white")
         x = 0

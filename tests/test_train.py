@@ -488,6 +488,26 @@ def test_a_lora_is_trained_killed_resumed_and_exported(tmp_path, monkeypatch, ca
         assert picture.size[0] > 3 * 128
 
 
+def test_a_lora_is_trained_on_records(tmp_path, cache):
+    toy.write_model(tmp_path / "base")
+    command = ["data", "synth", "--output", str(tmp_path / "data"), "--count", "6", "--size", "256,256"]
+    assert cli.main(command) == 0
+    config = lora_config(tmp_path / "base")
+    config.steps, config.save_every = 2, 2
+    config.pictures = dict(every=2, count=2)
+    config.data = dict(source="records", path=str(tmp_path / "data"), buckets=((32, 96),), text_length=112, workers=0)
+    folder = train(config, tmp_path / "run", progress=False)
+    assert (folder / objectives.LORA_FILE).is_file() and (tmp_path / "run" / "pictures" / "00000002.png").is_file()
+    line = final(tmp_path / "run")[2][-1]
+    assert line["step"] == 2 and np.isfinite(line["loss"]) and "corrupt_records" not in line
+    config.data.path = str(tmp_path / "nothing")
+    with pytest.raises(RefineError, match="nothing"):
+        train(config, tmp_path / "other", progress=False)
+    config.data.source = "files"
+    with pytest.raises(RefineError, match="data.source 'files': choose one of synth, records"):
+        train(config, tmp_path / "other", progress=False)
+
+
 @pytest.mark.parametrize(
     "changes,words",
     [
