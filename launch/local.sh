@@ -11,8 +11,9 @@
 # --grace SECONDS  from SIGTERM to SIGKILL, where one of them failed (default 30; LAUNCH_GRACE)
 # --dry-run        print the commands, run none
 #
-# SIGTERM and Ctrl-C are passed on, once, so that the training saves; this then ends with 75. A training that was
-# preempted by itself (75) is run again. When one process fails the others are ended, and this ends with its code.
+# SIGTERM and Ctrl-C are passed on as SIGTERM, so that the training saves; this then ends with 75. The second time they
+# are SIGKILL. A training that was preempted by itself (75) is run again. When one process fails the others are ended, and
+# this ends with its code.
 
 PROGRAM=local.sh
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -74,8 +75,10 @@ environment() {
 
 # shellcheck disable=SC2317,SC2329 # called by the trap
 forward() {
-  ((STOPPED)) || kill -TERM ${PIDS[@]+"${PIDS[@]}"} 2>/dev/null || true
-  STOPPED=1
+  ((STOPPED < 2)) || return 0
+  local signals=(TERM KILL)
+  kill "-${signals[STOPPED]}" ${PIDS[@]+"${PIDS[@]}"} 2>/dev/null || true
+  STOPPED=$((STOPPED + 1))
 }
 
 # once: run all processes to their end; sets OUTCOME to the verdict.

@@ -566,6 +566,16 @@ def test_local_passes_sigterm_on_and_ends_with_75(tmp_path):
     assert job.returncode == 75
 
 
+def test_local_second_signal_kills():
+    with local("--processes", "2", "--", "bash", "-c", "trap '' TERM; echo up; while true; do sleep 0.1; done") as job:
+        assert sorted([job.stdout.readline(), job.stdout.readline()]) == ["[0] up\n", "[1] up\n"]
+        job.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert job.poll() is None
+        job.send_signal(signal.SIGINT)
+        assert job.wait(20) == 137
+
+
 def test_local_runs_again_after_75_and_stops_on_failure(tmp_path):
     script = 'n=$(cat n 2>/dev/null || echo 0); echo $((n + 1)) >n; ((n > 1)) || exit 75; exit "$CODE"'
     for code in (0, 2):
