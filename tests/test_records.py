@@ -177,7 +177,7 @@ def _recount(folder):
         (lambda f: (f / "dataset.json").write_text("{"), "dataset.json: damaged"),
         (lambda f: _edit(f, shards=[{}]), "dataset.json: damaged.*KeyError"),
         (lambda f: _edit(f, records=13), "dataset.json: damaged"),
-        (lambda f: _edit(f, version=2), "version 2, this version reads 'refine_jax records' 1"),
+        (lambda f: _edit(f, version=2), "version 2, 'refine_jax records' 1 is wanted"),
         (lambda f: (f / "index.npy").unlink(), "index.npy: missing"),
         (lambda f: toy.damage(f / "index.npy", (f / "index.npy").read_bytes()[-40:]), "index.npy: its checksum"),
     ],

@@ -236,30 +236,36 @@ class _Records:
         raise RefineError(f"{attempts} records in a row cannot be used, at last: {last}; check the dataset")
 
     def _row(self, number: int, step: int, row: int, size: Size, reference_size: Size) -> dict[str, np.ndarray]:
-        record = self.dataset[number]
-        crop = self._crop(record, step, row, size)
-        image, target = pixels.image_and_target(record, crop, size)
-        if record.reference is None:
-            reference = np.zeros((*reference_size, 3), np.uint8)
-        else:
-            shown = open_picture(record.reference, record.reference_size, "reference")
-            reference = pixels.array(pixels.resize(shown, reference_size))
-        return {
-            "image": image,
-            "target": target,
-            "mask": pixels.region(record, crop, size),
-            "reference": reference,
-            "has_reference": np.bool_(record.reference is not None),
-            "instruction": encode_instruction(record.instruction, self.instruction_bytes),
-        }
-
-    def _crop(self, record: Record, step: int, row: int, size: Size) -> tuple[int, int, int, int]:
         margin = self.margin
         if self.jitter:
             draw = np.random.PCG64(np.random.SeedSequence((self.plan.seed, step, row))).random_raw() / 2**64
             margin *= 1.0 + self.jitter * (2.0 * draw - 1.0)
-        box = focus.focus_box(np.array(record.box), *record.size, margin=margin)
-        return enlarge(box, *record.size, size[1] / size[0])
+        return pair(self.dataset[number], size, reference_size, margin, self.instruction_bytes)
+
+
+def pair(
+    record: Record, size: Size, reference_size: Size, margin: float, instruction_bytes: int
+) -> dict[str, np.ndarray]:
+    """One row of `record_batches` without "skipped": a record in focus, at the sizes of its buckets.
+
+    Raises `RefineError` where a picture of it cannot be decoded.
+    """
+    box = focus.focus_box(np.array(record.box), *record.size, margin=margin)
+    crop = enlarge(box, *record.size, size[1] / size[0])
+    image, target = pixels.image_and_target(record, crop, size)
+    if record.reference is None:
+        reference = np.zeros((*reference_size, 3), np.uint8)
+    else:
+        shown = open_picture(record.reference, record.reference_size, "reference")
+        reference = pixels.array(pixels.resize(shown, reference_size))
+    return {
+        "image": image,
+        "target": target,
+        "mask": pixels.region(record, crop, size),
+        "reference": reference,
+        "has_reference": np.bool_(record.reference is not None),
+        "instruction": encode_instruction(record.instruction, instruction_bytes),
+    }
 
 
 class RecordBatches(Batches):

@@ -100,11 +100,7 @@ class Plan:
         for name, sizes in (("buckets", buckets), ("reference_buckets", reference_buckets)):
             if not len(sizes) or any(len(size) != 2 or min(size) < 1 for size in sizes):
                 raise RefineError(f"data.{name} {tuple(sizes)}: give at least one (height, width)")
-        if seed < 0:
-            raise RefineError(f"seed {seed}: give 0 or more")
-        if batch_size < 1:
-            raise RefineError(f"batch_size {batch_size}: give at least 1")
-        self.seed, self.batch_size = seed, batch_size
+        self._check(seed, batch_size)
         width, height = index[:, 0], index[:, 1]
         crops = focus.focus_box(index[:, 2:6], width, height, margin).astype(np.int64)
         ratios = (crops[:, 2] - crops[:, 0]) / (crops[:, 3] - crops[:, 1])
@@ -112,19 +108,51 @@ class Plan:
         crop = _merged(np.bincount(crop, minlength=len(buckets)), buckets, batch_size)[crop]
         has = index[:, 6] > 0
         shape = np.where(has[:, None], index[:, 6:8], 1).astype(np.float64)
-        reference = _nearest(shape[:, 0] / shape[:, 1], reference_buckets)
+        reference = np.where(has, _nearest(shape[:, 0] / shape[:, 1], reference_buckets), -1)
+        self._arrange(crop, reference, buckets, reference_buckets, batch_size)
 
+    @classmethod
+    def fixed(cls, sizes: np.ndarray, seed: int, batch_size: int) -> "Plan":
+        """The plan of records whose buckets are given: sizes [N, 4], (h, w) of the crop and of the reference, or 0."""
+        plan = cls.__new__(cls)
+        plan._check(seed, batch_size)
+        buckets, crop = np.unique(sizes[:, :2], axis=0, return_inverse=True)
+        has = sizes[:, 2] > 0
+        references, reference = np.unique(
+            np.where(has[:, None], sizes[:, 2:], sizes[:, :2]), axis=0, return_inverse=True
+        )
+        as_tuples = lambda rows: [tuple(row) for row in rows.tolist()]
+        reference = np.where(has, reference.reshape(-1), -1)
+        plan._arrange(crop.reshape(-1), reference, as_tuples(buckets), as_tuples(references), 1)
+        return plan
+
+    def _check(self, seed: int, batch_size: int) -> None:
+        if seed < 0:
+            raise RefineError(f"seed {seed}: give 0 or more")
+        if batch_size < 1:
+            raise RefineError(f"batch_size {batch_size}: give at least 1")
+        self.seed, self.batch_size = seed, batch_size
+
+    def _arrange(
+        self,
+        crop: np.ndarray,
+        reference: np.ndarray,
+        buckets: Sequence[Size],
+        reference_buckets: Sequence[Size],
+        least: int,
+    ) -> None:
+        """Form the groups: crop, reference [N]: places in the lists of buckets, -1 without a reference."""
         # Groups, in order of crop bucket, then of reference bucket; free records carry -1 - (crop bucket).
         self.groups: list[tuple[Size, Size]] = []
         self._free: list[tuple[int, np.ndarray, np.ndarray]] = []
-        self._group = np.empty(len(index), np.int32)
+        self._group = np.empty(len(crop), np.int32)
         sizes = []
         together = np.argsort(crop, kind="stable")
         for inside in np.split(together, np.flatnonzero(np.diff(crop[together])) + 1):
             bucket = crop[inside[0]]
-            fixed, free = inside[has[inside]], inside[~has[inside]]
+            fixed, free = inside[reference[inside] >= 0], inside[reference[inside] < 0]
             counts = np.bincount(reference[fixed], minlength=len(reference_buckets))
-            into = _merged(counts, reference_buckets, batch_size)
+            into = _merged(counts, reference_buckets, least)
             counts = np.bincount(into, weights=counts, minlength=len(reference_buckets)).astype(np.int64)
             own = int(_nearest(np.array([buckets[bucket][1] / buckets[bucket][0]]), reference_buckets)[0])
             kinds = np.flatnonzero(counts) if counts.any() else np.array([own])
@@ -132,15 +160,15 @@ class Plan:
             number[kinds] = np.arange(first, first + len(kinds))
             self._group[fixed] = number[into[reference[fixed]]]
             self._group[free] = -1 - bucket
-            extra = _whole_batches(len(free), np.maximum(counts[kinds], 1), batch_size)
-            if not counts.any():
-                extra = np.array([len(free)])
+            extra = np.array([len(free)])
+            if counts.any():
+                extra = _whole_batches(len(free), counts[kinds], self.batch_size)
             self._free.append((int(bucket), np.arange(first, first + len(kinds), dtype=np.int32), extra))
             self.groups += [(tuple(buckets[bucket]), tuple(reference_buckets[kind])) for kind in kinds]
             sizes += (counts[kinds] + extra).tolist()
         self.sizes = np.array(sizes)  # records in each group, the same in every epoch
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        self._batches = -(-self.sizes // batch_size)
+        self._batches = -(-self.sizes // self.batch_size)
         self.steps = int(self._batches.sum())  # of an epoch
 
     def __getstate__(self) -> dict:

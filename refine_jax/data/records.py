@@ -167,16 +167,20 @@ def open_picture(data: bytes, size: tuple[int, int], name: str) -> Image.Image:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-class Dataset:
-    """A finished dataset, open for random access; picklable, each process opens the shards that it reads.
+class Shards:
+    """A folder of shards with an index, open for random access; picklable, each process opens what it reads.
 
-    Opening checks that all is there and whole, as far as names, sizes, counts and the index's checksum tell; `verify`
-    reads every byte. Raises `RefineError`, naming the file and the remedy.
+    Opening checks that all is there and whole, as far as names, sizes, counts and the index's checksum tell. Raises
+    `RefineError`, naming the file and the remedy.
     """
+
+    format: str
+    version: int
+    columns: tuple[str, ...]
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
+        self.manifest = read_manifest(self.folder, self.format, self.version)
         self._readers: OrderedDict[int, ArrayRecordReader] = OrderedDict()
         shards = self.manifest["shards"]
         self.files = [self.folder / SHARDS / shard["file"] for shard in shards]
@@ -194,7 +198,7 @@ class Dataset:
         if sha256_of(path) != stored["sha256"]:
             raise RefineError(f"{path}: its checksum is not the one in {MANIFEST}; copy it again")
         index = np.load(path, mmap_mode="r")
-        if index.shape != (self.manifest["records"], len(COLUMNS)) or index.dtype != np.int32:
+        if index.shape != (self.manifest["records"], len(self.columns)) or index.dtype != np.int32:
             raise RefineError(f"{path}: {index.dtype} of shape {index.shape}; build the dataset again")
         return index
 
@@ -218,14 +222,10 @@ class Dataset:
         shard = int(np.searchsorted(self._ends, number, "right"))
         return self.files[shard], number - int(self._ends[shard - 1] if shard else 0)
 
-    def __getitem__(self, number: int) -> Record:
-        """Raises `CorruptRecord` where the stored bytes are damaged or do not agree with the index."""
+    def read(self, number: int) -> bytes:
+        """The stored bytes of a record. Raises what the library raises where they are damaged."""
         shard = int(np.searchsorted(self._ends, number, "right"))
-        path, position = self.place(number)
-        try:
-            return decode(self._reader(shard).read([position])[0], self.index[number])
-        except (RefineError, RuntimeError, IndexError, ValueError) as error:
-            raise self.corrupt(number, error) from None
+        return self._reader(shard).read([self.place(number)[1]])[0]
 
     def corrupt(self, number: int, error: Exception) -> CorruptRecord:
         """The error of a record that cannot be used for the reason that `error` gives."""
@@ -238,6 +238,19 @@ class Dataset:
         if len(self._readers) > _OPEN_SHARDS:
             self._readers.popitem(last=False)[1].close()
         return reader
+
+
+class Dataset(Shards):
+    """A dataset of pairs. `verify` reads every byte of it."""
+
+    format, version, columns = FORMAT, VERSION, COLUMNS
+
+    def __getitem__(self, number: int) -> Record:
+        """Raises `CorruptRecord` where the stored bytes are damaged or do not agree with the index."""
+        try:
+            return decode(self.read(number), self.index[number])
+        except (RefineError, RuntimeError, IndexError, ValueError) as error:
+            raise self.corrupt(number, error) from None
 
 
 def _open_shard(path: Path) -> ArrayRecordReader:
@@ -281,7 +294,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, format: str = FORMAT, version: int = VERSION) -> dict[str, Any]:
     """`dataset.json`, checked. Raises `RefineError` where it is missing, damaged or of another version."""
     path = folder / MANIFEST
     if not path.is_file():
@@ -290,9 +303,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise RefineError(f"{folder}: no {MANIFEST} there; give a folder that `refine-jax data` wrote")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+        if manifest["format"] != format or manifest["version"] != version:
             found = f"format {manifest['format']!r} version {manifest['version']!r}"
-            raise RefineError(f"{path}: {found}, this version reads {FORMAT!r} {VERSION}; build the dataset again")
+            raise RefineError(f"{path}: {found}, {format!r} {version} is wanted; give another folder or build it again")
         counts = [shard["records"] for shard in manifest["shards"]]
         named = [Path(shard["file"]).name == shard["file"] for shard in manifest["shards"]]
         if sum(counts) != manifest["records"] or min(counts, default=0) < 1 or not all(named):

@@ -7,9 +7,9 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -19,14 +19,13 @@ from tqdm import tqdm
 from refine_jax import focus, images
 from refine_jax.data.records import (
     BUILDING,
-    FORMAT,
     INDEX,
     MANIFEST,
     PLAIN,
     SHARDS,
-    VERSION,
     Dataset,
     Record,
+    Shards,
     encode,
     read_manifest,
 )
@@ -34,6 +33,8 @@ from refine_jax.data.workers import spread
 from refine_jax.errors import RefineError, listed
 
 _PER_SHARD = 1024
+
+S = TypeVar("S", bound=Shards)
 
 # ------------------------------------------------------------------------------------------------------------- records
 
@@ -123,16 +124,37 @@ def _saved(image: Image.Image) -> bytes:
 
 
 def write_dataset(
+    folder: str | os.PathLike, make: Callable[[int], Record], count: int, recipe: Mapping[str, Any], **how: Any
+) -> Dataset:
+    """Write the records make(0) … make(count - 1) as a dataset. Arguments, kills, errors: as `write_shards`.
+
+    Where records cannot be made, nothing is left of the dataset.
+    """
+    return write_shards(Dataset, folder, _Packed(make), count, recipe, **how)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    make: Callable[[int], Record]
+
+    def __call__(self, number: int) -> tuple[tuple[int, ...], bytes]:
+        record = self.make(number)
+        return record.row(), encode(record)
+
+
+def write_shards(
+    kind: type[S],
     folder: str | os.PathLike,
-    make: Callable[[int], Record],
+    make: Callable[[int], tuple[Sequence[int], bytes]],
     count: int,
     recipe: Mapping[str, Any],
     *,
     shards: int | None = None,
     workers: int = 0,
     progress: bool = False,
-) -> Dataset:
-    """Write the records make(0) … make(count - 1) as a dataset; continue where a killed call of the same recipe ended.
+    discard: bool = True,
+) -> S:
+    """Write make(0) … make(count - 1), each (row of the index, bytes); continue where a killed call ended.
 
     Args:
       make: a pure function of the number, picklable where there are workers; it raises `RefineError` for a record that
@@ -141,10 +163,10 @@ def write_dataset(
         finished one with this recipe is opened as it is.
       shards: how many files (default: one for every 1024 records).
       workers: processes, each making whole shards; 0 makes them in this one.
+      discard: where records cannot be made, remove all that was written.
 
     A shard is written aside and renamed, so a finished one is whole; an unfinished one is made again. The bytes depend
-    on the recipe and on `shards` alone. Where records cannot be made, all that was written is removed and one
-    `RefineError` lists every reason.
+    on the recipe and on `shards` alone. One `RefineError` lists every record that cannot be made, and why.
     """
     folder = Path(folder)
     if count < 1:
@@ -152,17 +174,17 @@ def write_dataset(
     shards = -(-count // _PER_SHARD) if shards is None else shards
     if not 1 <= shards <= count:
         raise RefineError(f"shards {shards}: give 1 to {count}, the number of records")
-    plan = {"format": FORMAT, "version": VERSION, "recipe": dict(recipe), "records": count, "shards": shards}
+    plan = {"format": kind.format, "version": kind.version, "recipe": dict(recipe), "records": count, "shards": shards}
     plan = json.loads(json.dumps(plan))
     try:
         if (folder / MANIFEST).is_file():
-            done = read_manifest(folder)
+            done = read_manifest(folder, kind.format, kind.version)
             if {**plan, "shards": done["shards"]} != {name: done[name] for name in plan} or len(
                 done["shards"]
             ) != shards:
                 raise RefineError(f"--output {str(folder)!r}: holds another dataset; give another folder")
             _tidy(folder)
-            return Dataset(folder)
+            return kind(folder)
         _begin(folder, plan)
         bounds = [(count * k // shards, count * (k + 1) // shards) for k in range(shards)]
         names = [f"{k:05d}-of-{shards:05d}.array_record" for k in range(shards)]
@@ -179,9 +201,11 @@ def write_dataset(
                 problems += made.get("problems", [])
                 bar.update(last - first if workers else 0)
         if problems:
-            _discard(folder)
+            if discard:
+                _discard(folder)
             raise RefineError(f"{len(problems)} of {count} records cannot be made: {listed(problems)}")
-        return _finish(folder, plan, names, states)
+        _finish(folder, plan, names, states)
+        return kind(folder)
     except OSError as error:
         raise RefineError(
             f"--output {str(folder)!r}: cannot be written ({error.strerror or error}); mend that and run it again, it "
@@ -233,7 +257,7 @@ def _finished(path: Path) -> dict[str, Any] | None:
 
 
 def _write_shard(
-    make: Callable[[int], Record], item: tuple[Path, int, int], tick: Callable[[], Any] | None = None
+    make: Callable[[int], tuple], item: tuple[Path, int, int], tick: Callable[[], Any] | None = None
 ) -> dict[str, Any]:
     """Make the records of one shard: {file, records, bytes, sha256, index}, or {problems} where some cannot be made."""
     path, first, last = item
@@ -245,9 +269,9 @@ def _write_shard(
         writer = ArrayRecordWriter(str(aside), "group_size:1,uncompressed")
         for number in range(first, last):
             try:
-                record = make(number)
-                rows.append(record.row())
-                writer.write(encode(record))
+                row, data = make(number)
+                rows.append([int(value) for value in row])
+                writer.write(data)
             except RefineError as error:
                 problems.append(str(error))
             if tick:
@@ -266,13 +290,13 @@ def _write_shard(
     return state
 
 
-def _finish(folder: Path, plan: Mapping[str, Any], names: list[str], states: Mapping[str, dict]) -> Dataset:
+def _finish(folder: Path, plan: Mapping[str, Any], names: list[str], states: Mapping[str, dict]) -> None:
     index = np.array([row for name in names for row in states[name]["index"]], np.int32)
     buffer = io.BytesIO()
     np.save(buffer, index)
     _write_aside(folder / INDEX, buffer.getvalue())
     shards = [{key: states[name][key] for key in ("file", "records", "bytes", "sha256")} for name in names]
-    content = json.dumps([VERSION, [[shard["sha256"], shard["records"]] for shard in shards]])
+    content = json.dumps([plan["version"], [[shard["sha256"], shard["records"]] for shard in shards]])
     manifest = {
         **plan,
         "shards": shards,
@@ -281,7 +305,6 @@ def _finish(folder: Path, plan: Mapping[str, Any], names: list[str], states: Map
     }
     _write_aside(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     _tidy(folder)
-    return Dataset(folder)
 
 
 def _tidy(folder: Path) -> None:
