@@ -25,12 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from refine_jax import parallel
 from refine_jax.errors import RefineError, listed
 
 MANIFEST = "refine_jax.json"
 WEIGHTS = "weights.safetensors"
 ORBAX = "weights"
 FORMAT = 1
+LARGE = 4 << 30  # bytes: from here on nothing may be gathered on one host
 
 
 # ----------------------------------------------------------------------------------------------- model folders
@@ -59,21 +61,33 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 def save_model(
     folder: str | Path, manifest: Mapping[str, Any], trees: Mapping[str, Any], dtype: str = "float32"
 ) -> None:
-    """Write a model folder.
+    """Write a model folder: every process calls it, the first writes.
 
     `trees` maps a network's name ("mmdit", "vae", "vl") to its parameter tree; floating leaves are stored as `dtype`.
     The manifest of an earlier model goes first and the new one comes last: a folder with a manifest is complete. What
-    else belongs to the folder (`tokenizer/`) is to be written before.
+    else belongs to the folder (`tokenizer/`) is to be written before. Trees of more than `LARGE` bytes become one orbax
+    checkpoint a network, written by all processes, each its own part, in the dtypes they have.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    flat = {}
-    for path, leaf in traverse_util.flatten_dict(dict(trees), sep="/").items():
-        array = np.asarray(jax.device_get(leaf))
-        flat[path] = np.ascontiguousarray(array.astype(dtype) if _floating(array) else array)
-    write_tensors(folder / WEIGHTS, flat)
-    write_manifest(folder, manifest)
+    folder, first = Path(folder), jax.process_index() == 0
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
+    leaves = traverse_util.flatten_dict(dict(trees), sep="/")
+    if sum(leaf.size * leaf.dtype.itemsize for leaf in leaves.values()) > LARGE:
+        (folder / WEIGHTS).unlink(missing_ok=True)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            for network, tree in trees.items():
+                checkpointer.save((folder / ORBAX / network).absolute(), tree, force=True)
+    else:
+        flat = {}
+        for path, leaf in leaves.items():
+            array = parallel.fetch(leaf)
+            if first:
+                flat[path] = np.ascontiguousarray(array.astype(dtype) if _floating(array) else array)
+        if first:
+            write_tensors(folder / WEIGHTS, flat)
+    if first:
+        write_manifest(folder, manifest)
 
 
 def write_manifest(folder: str | Path, manifest: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from refine_jax import checkpoint, conditioning, flow, loading, losses, prompts
+from refine_jax import checkpoint, conditioning, flow, loading, losses, parallel, prompts
 from refine_jax.convert import lora as lora_files
 from refine_jax.data import loader, synth
 from refine_jax.data.records import Dataset, open_picture
@@ -89,8 +89,7 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
     vae = QwenVAE(vae_config)
     data = config.data
 
-    def batches(seed: int) -> Iterator:
-        hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    def batches(seed: int, hosts: dict[str, int]) -> Iterator:
         return loader.vae_batches(seed, config.batch_size, data.size, "train", workers=data.workers, **hosts)
 
     def init(key: jax.Array) -> Any:
@@ -115,7 +114,12 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
 
         # Of samples, not of means: a channel that carries nothing keeps its small mean, instead of being blown up to
         # the scale of the others.
-        with contextlib.closing(batches(config.seed + 1)) as iterator:
+        # The first process measures and writes; the others have given it their parts.
+        params = jax.tree.map(parallel.fetch, params)
+        if jax.process_index():
+            return
+        alone = dict(process_index=0, process_count=1)
+        with contextlib.closing(batches(config.seed + 1, alone)) as iterator:
             keys = jax.random.split(jax.random.key(config.seed + 1), config.statistics_batches)
             z = [sample(conditioning.to_signed(next(iterator)["image"]), key) for key in keys]
         z = np.concatenate([np.asarray(v, np.float64).reshape(-1, vae_config.z_dim) for v in z])
@@ -126,7 +130,8 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
         )
         checkpoint.save_model(folder, {"vae": dataclasses.asdict(measured)}, {"vae": params})
 
-    return Objective(init, loss, lambda: batches(config.seed), export)
+    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    return Objective(init, loss, lambda: batches(config.seed, hosts), export)
 
 
 # ----------------------------------------------------------------------------------------------- boundary-weighted flow
@@ -221,14 +226,16 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
 
     def export(params: Any, frozen: Any, folder: Path) -> None:
         if adapter:
-            about = {"base_model": str(config.init_from)}
-            lora_files.write_adapter(folder / LORA_FILE, adapters(params), metadata=about)
+            trees = jax.tree.map(parallel.fetch, adapters(params))
+            if jax.process_index() == 0:
+                lora_files.write_adapter(folder / LORA_FILE, trees, metadata={"base_model": str(config.init_from)})
             return
         trees = {**frozen, **params}
         scanned = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, scan=True, remat=None))
         if not model.mmdit.scan:
             trees["mmdit"] = stack_blocks(trees["mmdit"])
-        source.write_tokenizer(folder / "tokenizer")
+        if jax.process_index() == 0:
+            source.write_tokenizer(folder / "tokenizer")
         checkpoint.save_model(folder, scanned.to_manifest(), trees)
 
     def refiner(params: Any, frozen: Any, mesh: jax.sharding.Mesh, rules: Any) -> Refiner:

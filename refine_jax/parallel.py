@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from refine_jax.errors import RefineError
@@ -92,6 +92,17 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     return Mesh(placed, MESH_AXES, axis_types=kinds)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What the compiler is told for programs on a mesh, None where nothing.
+
+    On TPUs: no ring of small products in place of "gather the weights, then multiply". Such loops add up in memory (3
+    times the traffic of an MLP's products here), and there are dozens of them to compile.
+    """
+    if mesh.devices.flat[0].platform != "tpu":
+        return None
+    return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
 def param_shardings(abstract: Any, mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Any:
     """Shardings of a boxed (logically annotated) abstract tree; the result has the unboxed tree's structure.
 
@@ -125,6 +136,13 @@ def shardings_like(tree: Any, params: Any, shardings: Any, otherwise: NamedShard
         return otherwise
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def fetch(x: Any) -> np.ndarray:
+    """An array as numpy, wherever its parts are; every process calls it, and every process gets it."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -457,7 +457,7 @@ class Refiner:
                 stack.enter_context(jax.set_mesh(self._mesh))
                 stack.enter_context(nn.logical_axis_rules(self._rules))
             refined = refine_program(self.variables, self.lora, inputs, model=self.model, spec=spec)
-            results = np.asarray(refined.pictures)
+            results = parallel.fetch(refined.pictures)
         for index, request in enumerate(owners):
             x1, y1, x2, y2 = windows[request]
             canvas = canvases[request].copy()
