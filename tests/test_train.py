@@ -347,6 +347,18 @@ def test_what_a_resumption_changes_is_said(tmp_path, monkeypatch, capsys):
     assert final(tmp_path / "run")[1]["key"].tolist() == jax.random.key_data(jax.random.key(0)).tolist()
 
 
+def test_scalars_step_times_and_a_profile(tmp_path, monkeypatch, capsys):
+    linear(monkeypatch, Numbers())
+    train(toy_loop(5, log_every=2, profile=(2, 3)), tmp_path / "run", progress=False)
+    assert "steps 2 to 3 profiled" in capsys.readouterr().err
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5] and all(line["images_per_second"] > 0 for line in lines)
+    (events,) = (tmp_path / "run" / "tensorboard").glob("events*")
+    written = events.read_bytes()
+    assert all(name in written for name in (b"loss", b"grad_norm", b"size", b"data_wait", b"step_seconds"))
+
+
 def test_a_disk_without_room_is_said(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
