@@ -189,12 +189,10 @@ workers() {
   fi
   answer=$(remote all status "$NAME") || return
   while read -r line; do
-    # shellcheck disable=SC2086 # three or four words
-    set -- $line
-    [[ ${1:-} == worker ]] || continue
-    case ${3:-} in
+    [[ $line =~ worker\ [^\ ]+\ (absent|ready|running|ended)(\ ([0-9]+))? ]] || continue
+    case ${BASH_REMATCH[1]} in
       running) RUNNING=$((RUNNING + 1)) ;;
-      ended) CODES+=("$4") ;;
+      ended) CODES+=("${BASH_REMATCH[3]}") ;;
       *) CODES+=(255) ;; # a new machine in the place of the old one
     esac
   done <<<"$answer"

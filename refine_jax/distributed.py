@@ -118,7 +118,7 @@ def detect(env: Mapping[str, str]) -> Job | None:
     job = _plain(env)
     if job is None and "JAX_NUM_PROCESSES" not in env:
         job = _slurm(env) or _gke(env) or _tpu_vm(env)
-        if job is None and int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        if job is None and _number(env.get("OMPI_COMM_WORLD_SIZE", "1"), "OMPI_COMM_WORLD_SIZE", 1) > 1:
             raise RefineError(
                 f"OMPI_COMM_WORLD_SIZE is set, mpirun is not read; use srun, or set {', '.join(EXPLICIT)}"
             )
@@ -144,7 +144,8 @@ def _plain(env: Mapping[str, str]) -> Job | None:
 
 
 def _slurm(env: Mapping[str, str]) -> Job | None:
-    if "SLURM_JOB_ID" not in env or int(env.get("SLURM_NTASKS", "1")) < 2:
+    count = _number(env.get("SLURM_NTASKS", "1"), "SLURM_NTASKS", 1)
+    if "SLURM_JOB_ID" not in env or count < 2:
         return None
     needed = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST")
     missing = [name for name in needed if name not in env]
@@ -157,7 +158,6 @@ def _slurm(env: Mapping[str, str]) -> Job | None:
     first = re.split(r",(?![^\[]*\])", env["SLURM_STEP_NODELIST"])[0]
     host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
     port = 61440 + _number(env["SLURM_JOB_ID"], "SLURM_JOB_ID", 0) % 4096
-    count = _number(env["SLURM_NTASKS"], "SLURM_NTASKS", 1)
     process = _number(env["SLURM_PROCID"], "SLURM_PROCID", 0)
     return _job("Slurm", env, host, port, count, process, "SLURM_PROCID", _slurm_devices(env))
 

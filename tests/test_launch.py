@@ -15,13 +15,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 
-from refine_jax import distributed
+from refine_jax import cli, distributed
 from refine_jax.errors import RefineError
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,7 @@ case "$*" in
     [[ $(head -n 1 "$CLOUD/states") == ACTIVE ]] || exit 255
     for i in 0 1; do mkdir -p "$CLOUD/worker-$i"; cp "$5" "$6" "$CLOUD/worker-$i/"; done ;;
   *" ssh "*)
-    [[ $(head -n 1 "$CLOUD/states") == ACTIVE ]] || exit 255
+    [[ $(head -n 1 "$CLOUD/states") == @(ACTIVE|SUSPENDING) ]] || exit 255
     code=0
     for i in 0 1; do
       [[ $(option --worker) == all || $(option --worker) == "$i" ]] || continue
@@ -340,6 +341,36 @@ def test_tpu_resume_stops(cloud, codes, end):
     assert end == 0 or f"ended with {end}" in done.stderr
 
 
+def test_tpu_failure_while_the_machines_go_is_no_failure(cloud):
+    """A worker that ends with 1 because its neighbour is being taken away."""
+    (cloud / "states").write_text("ACTIVE\n")
+    (cloud / "fade.bash").write_text(
+        'if ((WORKER == 0)) && [[ ! -e $CLOUD/faded ]]; then touch "$CLOUD/faded"\n'
+        'printf "SUSPENDING\\nSUSPENDED\\n" >"$CLOUD/states"; exit 1; fi\n'
+    )
+    done = launch("tpu_vm.sh", "resume", *TPU_HERE, "--", "bash", str(cloud / "fade.bash"))
+    assert "was preempted; asking for it again" in done.stderr and asked(cloud).count("start") == 2
+
+
+def test_verdict():
+    """Of several processes: bad input stops, a preemption explains any other end, a failure stops."""
+    cases = {
+        "0 0": "done",
+        "75 0": "again",
+        "1 75": "again",
+        "75 1": "again",
+        "134 75 139": "again",
+        "75 2": "stop 2",
+        "134 1": "stop 1",
+        "1 134": "stop 1",
+        "0 134": "crash 134",
+        "69": "crash 69",
+    }
+    script = f'. "{LAUNCH}/common.sh"; for codes; do verdict $codes; echo; done'
+    done = subprocess.run(["bash", "-c", script, "-", *cases], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == list(cases.values())
+
+
 def test_tpu_resume_gives_up_on_crashes_and_on_a_failed_request(cloud):
     (cloud / "states").write_text("ACTIVE\n")
     done = launch(
@@ -534,8 +565,18 @@ def free_port():
         return probe.getsockname()[1]
 
 
+@contextmanager
 def local(*args, **kwargs):
-    return subprocess.Popen(["bash", LAUNCH / "local.sh", *args], stdout=subprocess.PIPE, text=True, **kwargs)
+    job = subprocess.Popen(["bash", LAUNCH / "local.sh", *args], stdout=subprocess.PIPE, text=True, **kwargs)
+    try:
+        yield job
+        job.wait(60)
+    finally:
+        for _ in range(2):  # the second one kills
+            if job.poll() is None:
+                job.send_signal(signal.SIGTERM)
+                time.sleep(0.5)
+        job.stdout.close()
 
 
 def gone(pid):
@@ -714,6 +755,18 @@ def test_half_set_variables_are_named(env, words):
     with pytest.raises(RefineError, match=re.escape(words)) as caught:
         distributed.start({"TPU_SKIP_MDS_QUERY": "1", **env})
     assert "\n" not in str(caught.value)
+
+
+def test_train_starts_with_the_others(monkeypatch, capsys):
+    """What is half set is bad input (2); that nobody comes may pass (69). Both before a device is touched."""
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    command = ["train", "--config", "none.py", "--workdir", "none"]
+    assert cli.main(command) == 2 and "set all three or none" in capsys.readouterr().err
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{free_port()}")
+    monkeypatch.setenv("REFINE_JAX_START_TIMEOUT", "1")
+    assert cli.main(command) == 69 and "process 0 did not answer" in capsys.readouterr().err
+    assert distributed.alone()
 
 
 def test_tpu_vm_metadata():
