@@ -60,16 +60,18 @@ def fit_spec(
 
 def remat_policy(name: str) -> Callable[..., bool] | None:
     """What a rematerialised block keeps for its gradient: "full" nothing, "attention" what attention returned (the
-    kernel is not run again), otherwise the name of a `jax.checkpoint_policies` policy. Raises RefineError.
+    kernel is not run again), "dots" that and the products with weights (only what is cheap is computed again),
+    otherwise the name of a `jax.checkpoint_policies` policy. Raises RefineError.
     """
-    if name == "full":
-        return None
-    if name == CHECKPOINT_NAME:
-        return jax.checkpoint_policies.save_only_these_names(name)
+    policies = jax.checkpoint_policies
     plain = ("dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable", "nothing_saveable")
-    if name not in plain:
-        raise RefineError(f"remat {name!r}: choose one of full, {CHECKPOINT_NAME}, {', '.join(plain)}")
-    return getattr(jax.checkpoint_policies, name)
+    known: dict[str, Callable[..., bool] | None] = {name: getattr(policies, name) for name in plain}
+    known["full"] = None
+    known["attention"] = policies.save_only_these_names(CHECKPOINT_NAME)
+    known["dots"] = policies.save_from_both_policies(known["attention"], policies.dots_with_no_batch_dims_saveable)
+    if name not in known:
+        raise RefineError(f"remat {name!r}: choose one of {', '.join(known)}")
+    return known[name]
 
 
 class Dense(nn.Module):

@@ -210,6 +210,9 @@ class Block(nn.Module):
         batch = text.shape[0]
 
         def modulation(name: str, time: Array) -> list[Array]:
+            # A third of the parameters act on these few vectors alone. Split like the kernel's rows, they go to where
+            # the weights are and partial sums come back; the weights are not gathered.
+            time = constrain(time, "time_rows", "embed")
             x = _dense(config, 6 * config.width, ("embed", "time"), name, _zeros)(time)
             return jnp.split(constrain(x, "time_rows", "act_time"), 6, axis=-1)
 
@@ -281,8 +284,6 @@ class MMDiT(nn.Module):
             is_target = jnp.arange(n_image) < target_length
             sigma = jnp.concatenate([sigma, jnp.zeros((1,), jnp.float32)])
         time = nn.silu(TimeEmbedding(config, name="time_text_embed")(sigma)).astype(dtype)
-        # A few vectors, whole everywhere: a third of the parameters act on them alone and need not be gathered.
-        time = constrain(time, "time_rows", "act_time")
 
         # A text token has the same position on the three axes.
         positions = jnp.concatenate(
