@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -290,6 +291,18 @@ def test_a_folder_in_use_and_a_disk_that_refuses(tmp_path):
     with pytest.raises(RefineError, match="shards 4: give 1 to 3"):
         toy.write(tmp_path / "set", 3, 4)
     assert (tmp_path / "note.txt").read_text() == "mine"
+
+
+def test_a_full_disk_is_said_and_the_writing_continues(whole, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, hard))  # bytes a file, less than a shard
+    try:
+        with pytest.raises(RefineError, match="set': cannot be written .*mend that and run it again"):
+            toy.write(tmp_path / "set", 12, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    toy.write(tmp_path / "set", 12, 3)
+    assert _bytes(tmp_path / "set") == _bytes(whole)
 
 
 def test_pictures_of_another_size_than_the_index_says():
