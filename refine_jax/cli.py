@@ -223,17 +223,20 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace, overrides: dict[str, str]) -> None:
-    distributed.start()  # before anything touches a device
     from refine_jax.train import load_config, train
 
-    folder = train(load_config(args.config, overrides), Path(args.workdir), progress=not args.quiet)
+    if "://" in args.workdir:
+        raise RefineError(f"--workdir {args.workdir!r}: is no folder; mount it, and give the folder (docs/launch.md)")
+    config = load_config(args.config, overrides)
+    distributed.start()  # before anything touches a device
+    folder = train(config, Path(args.workdir), progress=not args.quiet)
     print(f"wrote {folder}")
 
 
-def _data(args: argparse.Namespace) -> None:
+def _data(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     from refine_jax.data import build
 
-    build.run(args)
+    build.run(args, overrides)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -243,11 +246,11 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _overrides(command: str, rest: list[str]) -> dict[str, str]:
-    """`--config.KEY=VALUE` of a training; anything else that the parser did not know is an error."""
+    """`--config.KEY=VALUE` of a training or a cache; anything else that the parser did not know is an error."""
     overrides = {}
     for item in rest:
         name, equals, value = item.removeprefix("--config.").partition("=")
-        if command != "train" or not item.startswith("--config."):
+        if command not in ("train", "data") or not item.startswith("--config."):
             raise RefineError(f"unrecognized argument: {item}; see refine-jax {command} --help")
         if not equals or not name:
             raise RefineError(f"{item}: write --config.KEY=VALUE, with an equals sign and no space")
@@ -257,14 +260,14 @@ def _overrides(command: str, rest: list[str]) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 where a training diverged, 2 for bad input, 69 where the processes
-    of a training did not find each other, 75 where it was preempted and saved, 130 when interrupted."""
+    of a training did not find or lost each other, 75 where it was preempted and saved, 130 when interrupted."""
     try:
         return distributed.leave(_main(sys.argv[1:] if argv is None else argv))
-    except Exception:
+    except Exception as error:
         if distributed.alone():
             raise
         traceback.print_exc()
-        return distributed.leave(1)
+        return distributed.leave(distributed.START_FAILED if distributed.lost_peer(error) else 1)
 
 
 def _main(argv: list[str]) -> int:
@@ -278,7 +281,7 @@ def _main(argv: list[str]) -> int:
         elif args.command == "train":
             _train(args, overrides)
         elif args.command == "data":
-            _data(args)
+            _data(args, overrides)
         elif args.command == "evaluate":
             _evaluate(args)
     except RefineError as error:

@@ -1,4 +1,4 @@
-"""`refine-jax data`: write datasets (`records`) of procedural pairs or of a user's own pictures, and check them."""
+"""`refine-jax data`: datasets (`records`) of procedural pairs or of a user's own pictures, checks, and caches."""
 
 import argparse
 import dataclasses
@@ -305,12 +305,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The commands of `refine-jax data`; `run` takes what they parse to."""
     commands = parser.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str, writes: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, text: str, writes: bool = True, shards: bool = True) -> argparse.ArgumentParser:
         made = commands.add_parser(name, allow_abbrev=False, help=text, description=text)
         if writes:
             made.add_argument("--output", required=True, metavar="DIR", help="folder to write; a killed run continues")
+        if writes and shards:
             made.add_argument("--shards", type=int, metavar="N", help="files (default: one for every 1024 records)")
-        made.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: this one)")
+        if shards:
+            made.add_argument("--workers", type=int, default=0, metavar="N", help="processes (default: this one)")
         made.add_argument("--quiet", action="store_true", help="no progress bar")
         return made
 
@@ -327,6 +329,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--source", dest="origin", metavar="T", help="source of records that name none")
     made.add_argument("--licence", metavar="T", help="licence of records that name none")
 
+    made = command("cache", "encode a dataset once, for training without the VAE and the encoder", shards=False)
+    made.add_argument(
+        "--config", required=True, metavar="F", help="the training's configuration; data.source='records'"
+    )
+    made.add_argument(
+        "--batch", type=int, default=8, metavar="N", help="records encoded at once (default: %(default)s)"
+    )
+
     made = command("check", "decode every record; print counts, sizes and buckets", writes=False)
     made.add_argument("folder", metavar="DIR", help="dataset")
     made.add_argument("--area", type=int, default=1024 * 1024, metavar="PX", help="of the buckets (default: 1024²)")
@@ -336,8 +346,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made.add_argument("--batch", type=int, default=8, metavar="N", help="global batch (default: %(default)s)")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Do what the options of `add_arguments` ask."""
+def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
+    """Do what the options of `add_arguments` ask; overrides: of the configuration's keys (cache)."""
+    if args.data_command == "cache":
+        from refine_jax.data.cache_build import build
+        from refine_jax.train import load_config
+
+        made = build(load_config(args.config, dict(overrides)), args.output, args.batch, not args.quiet)
+        print(f"wrote {made.folder} ({len(made)} records)")
+        return
+    if overrides:
+        raise RefineError(f"--config.{next(iter(overrides))}: only for refine-jax train and refine-jax data cache")
     if args.workers < 0:
         raise RefineError(f"--workers {args.workers}: give 0 or more")
     if args.data_command == "check":

@@ -1,0 +1,192 @@
+"""A cache of what the frozen networks make of a dataset: latents and conditioning tokens, for training without them.
+
+`cache_build` encodes every record once (`objectives.encode`) and keeps the result as shards (`records.Shards`) in a
+folder named by what it was made of: the dataset's digest, the weights of the VAE and of the encoder, the sizes, the
+prompt template. `batches` yields it in the order and form that the objective takes. A cache of other weights is
+refused.
+
+A cached record is a msgpack map of arrays, each (dtype, shape, bytes): target, image, mask and, where there is one,
+reference `[h, w, C]`; text `[t, D]`, without padding; negative `[t', D]`, the conditioning without an instruction
+(only where the configuration drops instructions); band, region `[h, w]`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import msgpack
+import numpy as np
+from flax.linen import meta
+
+from refine_jax import loading, parallel
+from refine_jax.data import loader
+from refine_jax.data.plan import Plan
+from refine_jax.data.records import MANIFEST, Shards
+from refine_jax.errors import RefineError
+from refine_jax.model import ModelConfig
+
+_FROZEN = ("vae", "vl")
+
+
+class Cache(Shards):
+    """An open cache. index: [N, 5] int32, the record's number and the sizes of its buckets (0: no reference)."""
+
+    format, version = "refine_jax cache", 1
+    columns = ("record", "height", "width", "reference_height", "reference_width")
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        """The arrays of an entry. Raises `CorruptRecord` where they are damaged."""
+        try:
+            fields = msgpack.unpackb(self.read(number)).items()
+            return {name: np.frombuffer(data, jnp.dtype(kind)).reshape(shape) for name, (kind, shape, data) in fields}
+        except Exception as error:  # msgpack and numpy raise nearly anything for foreign bytes
+            raise self.corrupt(number, error) from None
+
+
+# -------------------------------------------------------------------------------------------------------- what it is of
+
+
+def fingerprint(tree: Any) -> str:
+    """A checksum of arrays, wherever their parts are: the same on any mesh. Sixteen hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(tree), key=lambda item: jax.tree_util.keystr(item[0])):
+        sums = np.asarray(_mixed(jnp.asarray(leaf)))
+        digest.update(repr((jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), sums.tolist())).encode())
+    return digest.hexdigest()[:16]
+
+
+@jax.jit
+def _mixed(leaf: jax.Array) -> jax.Array:
+    """Two sums, modulo 2³², of the bits of every element mixed with its place. Sums of integers have no order."""
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, side in enumerate(leaf.shape):
+        place = place * jnp.uint32(side) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    sums = []
+    for salt in (0x9E3779B1, 0x85EBCA77):
+        x = bits * jnp.uint32(salt) + place * jnp.uint32(0xC2B2AE3D)
+        x = (x ^ (x >> 15)) * jnp.uint32(0x2C1B3C6D)
+        x = (x ^ (x >> 12)) * jnp.uint32(0x297A2D39)
+        sums.append(jnp.sum(x ^ (x >> 15), dtype=jnp.uint32))
+    return jnp.stack(sums)
+
+
+def made_with(config: ml_collections.ConfigDict, model: ModelConfig, weights: str) -> dict[str, Any]:
+    """What decides a record's encoding besides its pictures, as JSON values; weights: `fingerprint` of VAE and encoder.
+
+    A cache serves a configuration where these are equal.
+    """
+    values = dict(
+        weights=weights,
+        vae=dataclasses.asdict(model.vae),
+        encoder=dataclasses.asdict(model.vl),
+        prompt=dataclasses.asdict(model.prompt),
+        condition_area=model.condition_area,
+        multiple=model.multiple,
+        margin=model.margin,
+        text_length=config.data.text_length,
+        negative=model.negative_prompt if config.get("instruction_dropout") else None,
+        boundary=[config.boundary.r_out, config.boundary.r_in],
+        dtype=config.dtype,
+    )
+    return json.loads(json.dumps(values))
+
+
+def load_encoders(
+    config: ml_collections.ConfigDict, model: ModelConfig, mesh: jax.sharding.Mesh | None = None, progress: bool = False
+) -> dict[str, Any]:
+    """The parameters of the VAE and the encoder of `config.init_from`, on the mesh."""
+    shardings = parallel.param_shardings(model.boxed(_FROZEN), mesh, parallel.make_rules(config.rules))
+    source = loading.open_model(config.init_from)
+    return source.parameters(meta.unbox(model.boxed(_FROZEN)), shardings, config.dtype, progress)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def open_cache(folder: str | os.PathLike, wanted: Mapping[str, Any]) -> Cache:
+    """The cache in `folder`, or the one below it, that was made with `wanted` (`made_with`).
+
+    Raises `RefineError` where there is none, naming how the nearest differs, or where several datasets' are.
+    """
+    folder = Path(folder)
+    places = [folder] if (folder / MANIFEST).is_file() else sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    if not places:
+        raise RefineError(f"data.path {str(folder)!r}: no finished cache there; build one with `refine-jax data cache`")
+    found = [Cache(place) for place in places]
+    off = [[k for k, v in wanted.items() if c.manifest["recipe"]["model"].get(k) != v] for c in found]
+    fitting = [cache for cache, names in zip(found, off) if not names]
+    if len(fitting) > 1:
+        names = ", ".join(str(cache.folder) for cache in fitting)
+        raise RefineError(f"data.path {str(folder)!r}: several caches fit: {names}; name one")
+    if not fitting:
+        names = min(off, key=len)
+        was = found[off.index(names)].manifest["recipe"]["model"]
+        shown = "; ".join(f"{k} was {_short(was.get(k))}, is {_short(wanted[k])}" for k in names)
+        raise RefineError(f"data.path {str(folder)!r}: made with another model or settings ({shown}); build it again")
+    return fitting[0]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entries:
+    cache: Cache
+    plan: Plan
+    length: int
+    dropout: float
+
+    def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
+        number = self.plan.record(step, row)
+        entry = dict(self.cache[number])
+        # The draw of the online loader: one a row of the global batch.
+        draw = np.random.default_rng([self.plan.seed, step, 0]).random(self.plan.batch_size)[row]
+        silent = entry.pop("negative", None)
+        text = silent if draw < self.dropout else entry["text"]
+        reference = entry.get("reference")
+        if reference is None:
+            _, (height, width) = self.plan.group(step)
+            latent, size = entry["image"], self.plan.group(step)[0]
+            sides = (height * latent.shape[0] // size[0], width * latent.shape[1] // size[1])
+            reference = np.zeros((*sides, latent.shape[2]), latent.dtype)
+        padded = np.zeros((self.length, text.shape[1]), text.dtype)
+        padded[: len(text)] = text
+        has = "reference" in entry
+        mask = np.arange(self.length) < len(text)
+        return {**entry, "reference": reference, "has_reference": np.bool_(has), "text": padded, "text_mask": mask}
+
+
+def batches(
+    cache: Cache,
+    seed: int,
+    batch_size: int,
+    *,
+    dropout: float = 0.0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    start: int = 0,
+) -> loader.Batches:
+    """Endless batches of what `objectives.encode` returns, as numpy arrays with b = batch_size / process_count rows.
+
+    Order, hosts, workers and state are those of `loader.record_batches`; buckets are the cache's own. dropout: how
+    often a row's conditioning is that of the negative prompt, by a draw that depends on (seed, step, row) alone.
+    """
+    model = cache.manifest["recipe"]["model"]
+    if dropout and model["negative"] is None:
+        raise RefineError(f"{cache.folder}: made without instruction_dropout; build it again with it")
+    plan = Plan.fixed(np.asarray(cache.index[:, 1:]), seed, batch_size)
+    length = model["text_length"] - model["prompt"]["drop_tokens"]
+    hosts = dict(process_index=process_index, process_count=process_count)
+    return loader.Batches(_Entries(cache, plan, length, dropout), batch_size, start=start, workers=workers, **hosts)

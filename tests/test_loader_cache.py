@@ -1,0 +1,217 @@
+"""A cache of latents and conditioning tokens gives the objective what encoding online gives, and no other model's."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import records_toy
+import toy
+from flax import linen as nn
+
+from refine_jax import checkpoint, cli, objectives, parallel
+from refine_jax.data import cache, cache_build, records
+from refine_jax.errors import RefineError
+
+MESH = parallel.make_mesh({"fsdp": 1}, jax.devices()[:1])
+
+
+def config_of(folder, dataset):
+    config = toy.refine_config("")
+    config.init_from, config.model, config.train_encoder = str(folder), {}, False
+    config.lora = dict(rank=2, alpha=2.0, targets="to_q")
+    config.instruction_dropout = 0.4
+    config.data = dict(
+        source="records", path=str(dataset), buckets=((32, 64),), text_length=112, workers=0, max_corrupt=0
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(configuration, folder of the caches, the cache) of a toy model and ten pairs."""
+    folder = tmp_path_factory.mktemp("cache")
+    toy.write_model(folder / "model")
+    records_toy.write(folder / "set", 10, 2)
+    config = config_of(folder / "model", folder / "set")
+    return config, folder / "caches", cache_build.build(config, folder / "caches", batch=2)
+
+
+def wanted(config, model=None):
+    model = model or objectives.make(config).model
+    return cache.made_with(config, model, cache.fingerprint(cache.load_encoders(config, model)))
+
+
+def test_the_cache_gives_what_encoding_online_gives(made):
+    config, folder, _ = made
+    opened = cache.open_cache(folder, wanted(config))
+    objective = objectives.make(config)
+    model, online = objective.model, objective.batches()
+    cached = cache.batches(opened, config.seed, config.batch_size, dropout=config.instruction_dropout)
+    variables = cache.load_encoders(config, model, MESH)
+    band = cache_build.Band(config.boundary.r_out, config.boundary.r_in)
+
+    def encode(batch):
+        prompt = batch.pop("prompt")
+        inputs = parallel.shard_batch({"pairs": batch, "prompt": prompt, "silent": prompt}, MESH)
+        with jax.set_mesh(MESH), nn.logical_axis_rules(parallel.make_rules(config.rules)):
+            made = jax.device_get(cache_build.encode(variables, inputs, model=model, band=band))
+        return {name: value for name, value in made.items() if "silent" not in name}
+
+    # Batches may be put together otherwise (a cache knows its buckets only), so rows are compared, by their targets.
+    steps = 12
+    seen = {}
+    for _ in range(steps):
+        for row in _rows(encode(next(online))):
+            seen.setdefault(_name(row["target"]), []).append(row)
+    found = silent = 0
+    for _ in range(steps):
+        for row in _rows(next(cached)):
+            same = seen.get(_name(row["target"]), [])
+            pairs = [other for other in same if other["text_mask"].sum() == row["text_mask"].sum()]
+            assert len(same) > 0
+            for other in pairs[:1]:
+                found += 1
+                silent += len({o["text_mask"].sum() for o in same}) > 1
+                assert row.keys() == other.keys()
+                for name in row:
+                    if name == "reference" and not row["has_reference"]:
+                        continue
+                    a, b = (r[name][r["text_mask"]] if name == "text" else r[name] for r in (row, other))
+                    np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+    assert found >= 8 and silent  # with and without its instruction
+
+
+def _rows(batch):
+    return [{name: value[k] for name, value in batch.items()} for k in range(len(batch["target"]))]
+
+
+def _name(target) -> tuple:
+    return (target.shape, tuple(np.round(target.astype(np.float64).ravel()[:4], 2).tolist()))
+
+
+def test_batches_are_those_of_the_seed_on_any_hosts_and_workers(made):
+    *_, opened = made
+    whole = cache.batches(opened, 3, 4, dropout=0.4)
+    parts = [cache.batches(opened, 3, 4, dropout=0.4, process_index=k, process_count=2) for k in range(2)]
+    worked = cache.batches(opened, 3, 4, dropout=0.4, workers=1, start=1)
+    seen = []
+    try:
+        for step in range(4):
+            batch, shares = next(whole), [next(part) for part in parts]
+            seen += [_name(target) for target in batch["target"]]
+            for name, value in batch.items():
+                assert np.array_equal(value, np.concatenate([share[name] for share in shares]))
+            if step:
+                other = next(worked)
+                assert all(np.array_equal(batch[name], other[name]) for name in batch)
+    finally:
+        worked.close()
+    assert len(set(seen)) == 10
+
+
+def test_a_cache_of_other_weights_or_settings_is_refused(made, tmp_path):
+    config, folder, opened = made
+    model = objectives.make(config).model
+    right = wanted(config, model)
+    assert cache.open_cache(opened.folder, right).folder == opened.folder
+    weights = dict(toy.random_variables(toy.model_config()))
+    weights["vl"] = jax.tree.map(np.copy, weights["vl"])
+    leaf = jax.tree.leaves(weights["vl"])[3]
+    leaf.reshape(-1)[1] += 1e-3  # one value
+    toy.write_model(tmp_path / "other")
+    checkpoint.save_model(tmp_path / "other", toy.model_config().to_manifest(), weights)
+    other = config.copy_and_resolve_references()
+    other.init_from = str(tmp_path / "other")
+    with pytest.raises(
+        RefineError, match=r"another model or settings \(weights was \"[0-9a-f]{16}\", is .*build it again"
+    ):
+        cache.open_cache(folder, wanted(other))
+    with pytest.raises(RefineError, match="text_length was 112, is 128"):
+        cache.open_cache(folder, {**right, "text_length": 128})
+    with pytest.raises(RefineError, match="no finished cache there"):
+        cache.open_cache(tmp_path, right)
+    with pytest.raises(RefineError, match="dataset.json: format 'refine_jax cache'"):
+        records.Dataset(opened.folder)
+
+
+def test_the_fingerprint_sees_every_value_and_its_place():
+    tree = {"a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(3, np.float32)}
+    known = cache.fingerprint(tree)
+    assert known == cache.fingerprint({name: jax.numpy.asarray(leaf) for name, leaf in tree.items()})
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    placed = jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    assert known == cache.fingerprint(placed)
+    for change in (
+        {**tree, "a": tree["a"][:, ::-1]},
+        {**tree, "a": tree["a"].reshape(4, 3)},
+        {**tree, "c": tree["b"]},
+        {"a": tree["a"], "d": tree["b"]},
+        {**tree, "b": np.array([1, 1, np.nextafter(np.float32(1), np.float32(2))], np.float32)},
+        {**tree, "b": -tree["b"]},
+    ):
+        assert cache.fingerprint(change) != known
+
+
+def test_a_killed_build_continues_and_a_second_one_finds_it(made, tmp_path, monkeypatch):
+    config, _, opened = made
+    monkeypatch.setattr(cache_build, "_ENTRIES", 4)
+    calls = []
+    real = cache_build._Encoder._encoded
+
+    def encoded(self, entries, group):
+        calls.append(entries)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, entries, group)
+
+    monkeypatch.setattr(cache_build._Encoder, "_encoded", encoded)
+    with pytest.raises(KeyboardInterrupt):
+        cache_build.build(config, tmp_path, batch=2)
+    finished = list(tmp_path.glob("*/shards/*.json"))
+    assert finished
+    again = cache_build.build(config, tmp_path, batch=2)
+    assert again.folder.name == opened.folder.name  # by content
+    for number in range(10):
+        a, b = again[number], opened[number]
+        assert np.array_equal(again.index[number], opened.index[number]) and a.keys() == b.keys()
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+    before = len(calls)
+    cache_build.build(config, tmp_path, batch=2)
+    assert len(calls) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(train_encoder=True, lora=None), "keeps its encoder frozen"),
+        ({"data.source": "synth"}, "data.source is 'synth'"),
+        ({"data.margin_jitter": 0.2}, "data.margin_jitter 0.2"),
+    ],
+)
+def test_what_cannot_be_cached_is_said(made, tmp_path, change, message):
+    config = made[0].copy_and_resolve_references()
+    with config.unlocked():
+        for name, value in change.items():
+            group = config.data if name.startswith("data.") else config
+            group[name.removeprefix("data.")] = value
+    with pytest.raises(RefineError, match=message):
+        cache_build.build(config, tmp_path, batch=2)
+
+
+def test_the_command(made, tmp_path, capsys):
+    config, folder, opened = made
+    file = tmp_path / "config.py"
+    text = f"ml_collections.ConfigDict(json.loads({config.to_json()!r}))"
+    file.write_text(f"import json, ml_collections\ndef get_config():\n    return {text}\n")
+    shutil.copytree(folder, tmp_path / "caches")
+    words = ["data", "cache", "--config", str(file), "--output", str(tmp_path / "caches"), "--quiet", "--batch", "4"]
+    assert cli.main(words) == 0
+    assert opened.folder.name in capsys.readouterr().out
+    assert cli.main([*words, "--config.data.path=/nowhere"]) == 2
+    assert "/nowhere" in capsys.readouterr().err
+    assert cli.main([*words[:-1], "0"]) == 2
+    assert cli.main(["data", "check", "x", "--config.seed=1"]) == 2
+    assert "only for" in capsys.readouterr().err
+    assert json.loads((opened.folder / "dataset.json").read_text())["recipe"]["data"]["digest"]
