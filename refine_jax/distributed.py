@@ -97,6 +97,11 @@ def alone() -> bool:
     return jax is None or not jax.distributed.is_initialized()
 
 
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, which is no fault of this one."""
+    return type(error).__name__ == "JaxRuntimeError" and str(error).startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED"))
+
+
 def leave(code: int) -> int:
     """Give back the exit code `code`; of several processes, one that failed ends here, at once.
 

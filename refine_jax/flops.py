@@ -63,8 +63,14 @@ def of_step(config: ml_collections.ConfigDict, model: ModelConfig | None, batch:
         model = dataclasses.replace(model, mmdit=mmdit)
     objective = objectives.make(plain, model)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    params, frozen = meta.unbox(jax.eval_shape(objective.init, key)), meta.unbox(objective.frozen)
+    # A box's own `unbox` would constrain what it holds where a mesh is in force; these are shapes.
+    plain_tree = lambda tree: jax.tree.map(lambda x: getattr(x, "value", x), tree, is_leaf=_is_box)
+    params, frozen = plain_tree(jax.eval_shape(objective.init, key)), plain_tree(objective.frozen)
     return count(jax.grad(objective.loss, has_aux=True), params, frozen, batch, key)
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, meta.AxisMetadata)
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr) -> Flops:

@@ -41,8 +41,7 @@ class Objective:
     batches() -> an iterator, with get_state, set_state and close, of dicts of numpy arrays whose leading axis is this
     host's part of the batch. batch_shapes() -> the global batch as `jax.ShapeDtypeStruct`s, one tree a bucket.
     export(params, frozen, folder) writes the result. refiner(params, frozen, mesh, rules) -> a sampler of the present
-    weights, where there is one; samples(count) -> requests for it, each with its target under "target". flops() -> what
-    a step needs, recomputation not counted.
+    weights, where there is one; samples(count) -> requests for it, each with its target under "target".
     """
 
     init: Callable[[jax.Array], Any]
@@ -55,7 +54,6 @@ class Objective:
     batch_shapes: Callable[[], list[dict[str, Any]]] | None = None
     refiner: Callable[..., Refiner] | None = None
     samples: Callable[[int], list[dict[str, Any]]] | None = None
-    flops: Callable[[], float] | None = None
     model: ModelConfig | None = None
 
 

@@ -332,7 +332,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
             with watch.waiting():
                 batch = parallel.shard_batch(next(batches), mesh)
             state, metrics = program.step(state, frozen, batch)
-            watch.step(done, metrics)
+            watch.step(done, batch, metrics)
             stop = preemption.reached(done)
             due = stop or done == config.steps or done % config.save_every == 0
             if due or done % config.log_every == 0:

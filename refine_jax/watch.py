@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from refine_jax import checkpoint, focus, images
+from refine_jax import checkpoint, flops, focus, images
 from refine_jax.errors import RefineError
 
 PROFILED_STEPS = 5
@@ -62,7 +62,8 @@ class Watch:
                 smoothing=0.05,
             )
         )
-        self._flops, self._peak = _work(objective, program)
+        # What the step needs and what the chips could do; nothing is counted where the chip is not known.
+        self._chip, self._flops, self._needed = flops.chip(program.mesh.devices.flat[0]), {}, 0.0
         self._samples: list[dict[str, Any]] | None = None
         self._board = None
         if self._speaks:
@@ -88,8 +89,8 @@ class Watch:
         yield
         self._waited += time.perf_counter() - asked
 
-    def step(self, done: int, metrics: dict[str, Any]) -> None:
-        """The step `done` was handed to the device; waits for the one before it, so that the device never idles."""
+    def step(self, done: int, batch: Any, metrics: dict[str, Any]) -> None:
+        """The step `done` of `batch` was handed over; waits for the one before it, so that the device never idles."""
         if self._recent:
             jax.block_until_ready(self._recent[-1])
             now = time.perf_counter()
@@ -97,6 +98,12 @@ class Watch:
                 self._seconds.append(now - self._moment)
             self._moment = now
         self._recent.append(metrics)
+        if self._chip is not None:
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+            bucket = str(jax.tree.leaves(shapes))
+            if bucket not in self._flops:
+                self._flops[bucket] = flops.of_step(self._config, self._objective.model, shapes).total
+            self._needed += self._flops[bucket]
         self._bar.update()
         self._trace(done)
 
@@ -112,8 +119,8 @@ class Watch:
         rate = (done - before) / (now - moment)
         means |= {"step": done, "seconds": self.elapsed(), "data_wait": self._waited / (now - moment)}
         means["images_per_second"] = rate * self._config.batch_size
-        if self._flops and self._peak:
-            means["mfu"] = rate * self._flops / self._peak
+        if self._chip is not None:
+            means["mfu"] = self._needed / (now - moment) / (self._chip.flops * self._program.mesh.size)
         if corrupt := getattr(self._batches, "corrupt", 0):
             means["corrupt_records"] = corrupt
         if self._speaks:
@@ -129,7 +136,7 @@ class Watch:
                     self._board.add_scalar(name, value, done)
             if self._seconds:
                 self._board.add_histogram("step_seconds", np.array(self._seconds), done)
-        self._recent, self._seconds, self._waited = [], [], 0.0
+        self._recent, self._seconds, self._waited, self._needed = [], [], 0.0, 0.0
         self._logged = (done, time.perf_counter())
 
     def pictures(self, done: int, params: Any, frozen: Any) -> None:
@@ -175,12 +182,6 @@ class Watch:
             jax.profiler.stop_trace()
             self._tracing, self._profile = False, None
             tqdm.write(f"steps {first} to {last} profiled: {self._workdir / 'profile'}", file=sys.stderr)
-
-
-def _work(objective: Any, program: Any) -> tuple[float | None, float | None]:
-    """(FLOPs that a step needs, peak FLOP/s of all devices), None where unknown."""
-    peak = None
-    return (objective.flops() if objective.flops else None), peak
 
 
 def _board(folder: Path, first: int, stack: contextlib.ExitStack) -> Any:

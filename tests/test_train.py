@@ -18,7 +18,7 @@ from flax import linen as nn
 from PIL import Image
 from safetensors.numpy import load_file
 
-from refine_jax import checkpoint, cli, objectives, parallel
+from refine_jax import checkpoint, cli, flops, objectives, parallel
 from refine_jax.errors import RefineError
 from refine_jax.refine import Refiner
 from refine_jax.train import load_config, make_optimizer, make_program, make_schedule, train
@@ -380,6 +380,11 @@ def test_workdirs_that_cannot_be_used(tmp_path, monkeypatch, config_file, capsys
         assert error.count("\n") == 1 and str(folder) in error, error
 
 
+def test_a_bucket_is_no_workdir(config_file, capsys):
+    assert cli.main(["train", "--config", str(config_file), "--workdir", "gs://bucket/run"]) == 2
+    assert "'gs://bucket/run': is no folder; mount it" in capsys.readouterr().err
+
+
 def test_a_batch_that_the_mesh_does_not_divide(tmp_path, monkeypatch):
     linear(monkeypatch, Numbers())
     config = toy_loop(batch_size=3)
@@ -538,6 +543,19 @@ def test_bad_loras(tmp_path, changes, words):
         train(config, tmp_path / "run", progress=False)
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_known_chip_gives_mfu(tmp_path, monkeypatch, cache):
+    """The share of the chip's peak that the needed operations took."""
+    toy.write_model(tmp_path / "base")
+    config = lora_config(tmp_path / "base")
+    config.steps, config.save_every, config.log_every = 2, 2, 2
+    monkeypatch.setattr(flops, "chip", lambda device: flops.Chip("some", 1e9, 1.0, 1.0, 1.0))
+    train(config, tmp_path / "run", progress=False)
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    objective = objectives.make(config)
+    needed = flops.of_step(config, objective.model, objective.batch_shapes()[0]).total
+    np.testing.assert_allclose(line["mfu"], needed * line["images_per_second"] / config.batch_size / 1e9, rtol=1e-3)
 
 
 def test_a_whole_model_is_trained_further(tmp_path, cache):
