@@ -44,7 +44,7 @@ def edit_lora(variant: str, topology: str, mesh: dict[str, int], **changes: obje
     config.boundary = dict(r_out=16, r_in=16, alpha=9.0)
     # Latents and conditioning tokens made once: the encoder (8 B parameters) and the VAE need no memory, no time and no
     # mesh axis here.
-    config.data = dict(source="cache", path="data/refine", buckets=BUCKETS, text_length=TEXT_LENGTH, workers=4)
+    config.data = dict(source="cache", path="caches", buckets=BUCKETS, text_length=TEXT_LENGTH, workers=4)
     config.optimizer = dict(
         name="adamw",
         learning_rate=2e-4,
@@ -59,7 +59,12 @@ def edit_lora(variant: str, topology: str, mesh: dict[str, int], **changes: obje
     )
     config.mesh = mesh
     config.rules = {}
-    config.update(changes)
+    for name, value in changes.items():
+        if isinstance(value, dict) and name in config:
+            config[name].update(value)
+        else:
+            with config.ignore_type():
+                config[name] = value
     return config
 
 

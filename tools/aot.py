@@ -21,6 +21,8 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,9 @@ import ml_collections
 import numpy as np
 from flax import linen as nn
 from flax.linen import meta
+from tqdm import tqdm
 
-from refine_jax import checkpoint, flops, flow, loading, objectives, parallel, train
+from refine_jax import checkpoint, flops, loading, objectives, parallel, train
 from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig
 from refine_jax.refine import Spec, refine_program
@@ -92,36 +95,63 @@ class Report:
         return self.needed_flops / seconds / flops.CHIPS[self.chip].flops
 
 
-def compile_train(
-    config: ml_collections.ConfigDict, devices: list, model: ModelConfig | None, bucket: int
-) -> tuple[Any, flops.Flops, Any]:
-    """(the compiled step, what it needs in all, the program)."""
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A program before it is compiled. needed: counts the FLOPs of all chips; program: of a training step."""
+
+    lowered: Any
+    needed: Callable[[], flops.Flops]
+    program: train.Program | None
+
+    def compile(self, mesh: jax.sharding.Mesh) -> Any:
+        return self.lowered.compile(compiler_options=parallel.compiler_options(mesh))
+
+    def mark(self, topology: str) -> str:
+        """A digest of all that decides a measured figure: the program, the topology, the compiler."""
+        versions = [version(name) for name in ("jax", "jaxlib", "libtpu")]
+        digest = hashlib.sha256(json.dumps([topology, versions]).encode())
+        digest.update(self.lowered.as_text().encode())
+        return digest.hexdigest()[:16]
+
+
+def lower(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, program: str, bucket: int) -> Lowered:
+    """The step that the trainer would run, or a call of the sampler, for the mesh's platform."""
+    try:
+        size = config.data.buckets[bucket]
+    except IndexError:
+        raise RefineError(f"--bucket {bucket}: the configuration has {len(config.data.buckets)}") from None
+    model = architecture(config)
+    return lower_train(config, mesh, model, bucket) if program == "train" else lower_sample(config, mesh, model, size)
+
+
+def lower_train(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, model: ModelConfig | None, bucket: int
+) -> Lowered:
+    """The step of `train.make_program`, of shapes alone."""
     objective = objectives.make(config, model)
-    mesh = parallel.make_mesh(dict(config.mesh), devices)
     program = train.make_program(config, objective, mesh)
     rows = parallel.batch_sharding(mesh)
     shapes = objective.batch_shapes()[bucket]
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), shapes)
     with program.context():
-        lowered = program.step.trace(program.state, program.frozen, batch).lower(lowering_platforms=("tpu",))
-    compiled = lowered.compile(compiler_options=parallel.compiler_options(mesh))
-    return compiled, flops.of_step(config, objective.model, shapes), program
+        traced = program.step.trace(program.state, program.frozen, batch)
+        lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
+    return Lowered(lowered, lambda: flops.of_step(config, objective.model, shapes), program)
 
 
-def compile_sample(
-    config: ml_collections.ConfigDict, devices: list, model: ModelConfig, bucket: int
-) -> tuple[Any, flops.Flops, Any]:
+def lower_sample(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, model: ModelConfig, size: tuple[int, int]
+) -> Lowered:
     """The refinement of `batch_size` crops in as many pictures, each with a reference, in 8 steps without guidance."""
-    mesh = parallel.make_mesh(dict(config.mesh), devices)
     rules = parallel.make_rules(config.rules)
     kinds = dict(dtype=config.dtype, param_dtype=config.dtype)
     parts = {name: dataclasses.replace(getattr(model, name), **kinds) for name in ("mmdit", "vae", "vl")}
     model = dataclasses.replace(model, **parts)
     whole = parallel.replicated(mesh)
     shape = lambda dtype, *sides: jax.ShapeDtypeStruct(sides, dtype, sharding=whole)
-    rows, (height, width), length = config.batch_size, tuple(config.data.buckets[bucket]), config.data.text_length
+    rows, (height, width), length = config.batch_size, size, config.data.text_length
     views = model.vl_sizes(width / height)
-    spec = Spec((height, width), views, (height, width), views, "released", None)
+    spec = Spec((height, width), views, (height, width), views)
     tokens = dict(
         ids=shape(jnp.int32, rows, length),
         mask=shape(jnp.bool_, rows, length),
@@ -137,53 +167,52 @@ def compile_sample(
         reference_box=shape(jnp.int32, rows, 4),
         has_reference=shape(jnp.bool_, rows),
         prompt=tokens,
-        sigmas=shape(jnp.float32, len(flow.schedule(model.scheduler, SAMPLER_STEPS, 4096))),
+        sigmas=shape(jnp.float32, SAMPLER_STEPS + 1),
         true_cfg_scale=shape(jnp.float32, rows),
-        noise=shape(jnp.float32, rows, *model.latent_size((height, width)), model.vae.z_dim),
+        noise=shape(jnp.float32, rows, *model.latent_size(size), model.vae.z_dim),
     )
     boxed = model.boxed()
-    placed = parallel.param_shardings(boxed, mesh, rules)
     variables = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), meta.unbox(boxed), placed
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        meta.unbox(boxed),
+        parallel.param_shardings(boxed, mesh, rules),
     )
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         traced = refine_program.trace(variables, {}, inputs, model=model, spec=spec)
-        lowered = traced.lower(lowering_platforms=("tpu",))
+        lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
     plain = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, attention_impl="xla"))
-    needed = flops.count(lambda v, i: refine_program(v, {}, i, model=plain, spec=spec), meta.unbox(boxed), inputs)
-    return lowered.compile(compiler_options=parallel.compiler_options(mesh)), needed, None
+    run = lambda variables, inputs: refine_program(variables, {}, inputs, model=plain, spec=spec)
+    return Lowered(lowered, lambda: flops.count(run, variables, inputs), None)
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
 def analyse(
-    config: ml_collections.ConfigDict, name: str, topology: str, program: str, devices: list, bucket: int = 0
+    config: ml_collections.ConfigDict, name: str, topology: str, program: str, mesh: jax.sharding.Mesh, made: Lowered
 ) -> tuple[Report, str]:
     """Compile and read; the report, and the text of the compiled program."""
-    model = architecture(config)
-    build = {"train": compile_train, "sample": compile_sample}[program]
     started = time.perf_counter()
-    compiled, needed, made = build(config, devices, model, bucket)
+    compiled = made.compile(mesh)
     seconds = time.perf_counter() - started
     text = compiled.as_text()
     module = hlo.Module(text)
-    work, memory, count = module.work(), compiled.memory_analysis(), len(devices)
-    chip = flops.chip(devices[0])
+    work, memory, needed = module.work(), compiled.memory_analysis(), made.needed()
+    device, count = mesh.devices.flat[0], mesh.size
+    chip = flops.chip(device)
     moved: dict[str, float] = collections.defaultdict(float)
     slow: dict[str, float] = collections.defaultdict(float)
-    mesh = parallel.make_mesh(dict(config.mesh), devices)
     for collective in work.collectives:
         moved[collective.kind] += collective.bytes * collective.times
         what = re.sub(r"jit\(\w+\)/|while/body/|closed_call/|checkpoint/|rematted_computation/", "", collective.what)
         slow[f"{collective.kind} of {what}"] += link_seconds(collective, mesh, chip)
-    whole, trained = ([], 0.0) if made is None else unsplit(made, module)
+    whole, trained = ([], 0.0) if made.program is None else unsplit(made.program, module)
     return Report(
         config=name,
         program=program,
         topology=topology,
         chips=count,
-        chip=devices[0].device_kind if devices[0].device_kind in flops.CHIPS else _kind(chip),
+        chip=_kind(chip),
         batch=config.batch_size,
         mesh={axis: size for axis, size in mesh.shape.items() if size > 1},
         argument_bytes=memory.argument_size_in_bytes,
@@ -364,33 +393,18 @@ def shipped() -> list[tuple[Path, str]]:
     return found
 
 
-def _fingerprint(config: ml_collections.ConfigDict, topology: str) -> str:
-    """Of what decides a measured figure: the configuration, the topology, the sources, the versions."""
-    from importlib.metadata import version
-
-    digest = hashlib.sha256(config.to_json_best_effort(sort_keys=True).encode() + topology.encode())
-    package = ROOT / "refine_jax"
-    for path in sorted(
-        [*package.glob("models/*.py"), *(package / f"{n}.py" for n in ("train", "objectives", "parallel"))]
-    ):
-        digest.update(path.read_bytes())
-    for name in ("jax", "jaxlib", "libtpu"):
-        digest.update(version(name).encode())
-    return digest.hexdigest()[:16]
-
-
 def measure_all(again: bool) -> list[Report]:
     """Reports of all shipped configurations; what is unchanged since it was measured is taken from docs/pods.json."""
     known = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
     reports = []
-    for path, topology in shipped():
+    for path, topology in tqdm(shipped(), unit="program"):
         config = train.load_config(path)
-        mark = _fingerprint(config, topology)
-        old = known.get(path.stem, {})
-        if again or old.get("fingerprint") != mark:
-            print(f"compiling {path.stem} for {topology} …", file=sys.stderr, flush=True)
-            report, _ = analyse(config, path.stem, topology, "train", described_devices(topology))
-            known[path.stem] = {"fingerprint": mark, "report": dataclasses.asdict(report)}
+        mesh = parallel.make_mesh(dict(config.mesh), described_devices(topology))
+        made = lower(config, mesh, "train", 0)
+        mark = made.mark(topology)
+        if again or known.get(path.stem, {}).get("mark") != mark:
+            report, _ = analyse(config, path.stem, topology, "train", mesh, made)
+            known[path.stem] = {"mark": mark, "report": dataclasses.asdict(report)}
             checkpoint.write_text(MEASURED, json.dumps(known, indent=1, sort_keys=True) + "\n")
         reports.append(Report(**known[path.stem]["report"]))
     return reports
@@ -425,8 +439,9 @@ def main(argv: list[str] | None = None) -> int:
             topology = args.topology or config.get("topology", "")
             if not topology:
                 raise RefineError("--topology: this configuration names none; give one such as v6e:4x4")
-            devices = described_devices(topology)
-            report, text = analyse(config, Path(args.config).stem, topology, args.program, devices, args.bucket)
+            mesh = parallel.make_mesh(dict(config.mesh), described_devices(topology))
+            made = lower(config, mesh, args.program, args.bucket)
+            report, text = analyse(config, Path(args.config).stem, topology, args.program, mesh, made)
             if args.text:
                 checkpoint.write_text(args.text, text)
             reports = [report]

@@ -419,7 +419,7 @@ def _meetings(window: dict[str, str], given: int, made: int) -> float:
     apart, wide = int(window.get("lhs_dilate", 1)), int(window.get("rhs_dilate", 1))
     # Output o reads o·stride + t·wide - low of the spread input.
     where = np.arange(made)[:, None] * stride + np.arange(taps)[None] * wide - low
-    return np.count_nonzero((where >= 0) & (where <= (given - 1) * apart) & (where % apart == 0)) / made
+    return float(np.count_nonzero((where >= 0) & (where <= (given - 1) * apart) & (where % apart == 0))) / made
 
 
 def _kernel(instruction: Instruction) -> tuple[str, float] | None:

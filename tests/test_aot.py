@@ -1,0 +1,227 @@
+"""What a step needs (counted in its trace), what a compiled program does (read from its text), and one real compilation
+for a TPU that is not there."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from refine_jax import flops, objectives, parallel
+from refine_jax.errors import RefineError
+from refine_jax.train import load_config
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tools"))
+
+import hlo  # noqa: E402
+
+f32 = lambda *sides: jax.ShapeDtypeStruct(sides, jnp.float32)
+
+
+# --------------------------------------------------------------------------------------------------------- FLOPs needed
+
+
+def test_products_are_counted_once_and_by_kind():
+    dense = 2 * 4 * 5 * 6
+    assert flops.count(lambda a, b: a @ b, f32(4, 5), f32(5, 6)) == flops.Flops(dense)
+    assert flops.count(lambda a, b: (a @ b, a @ b)[0], f32(4, 5), f32(5, 6)) == flops.Flops(dense)  # dead code
+    scores = lambda q, k: jnp.einsum("bthd,bshd->bhts", q, k)
+    assert flops.count(scores, f32(2, 3, 4, 5), f32(2, 7, 4, 5)) == flops.Flops(0.0, 2.0 * 2 * 3 * 4 * 5 * 7)
+    layers = lambda x, w: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+    assert flops.count(layers, f32(4, 5), f32(7, 5, 5)) == flops.Flops(7 * 2 * 4 * 5 * 5)
+    image = lambda x, w: jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    assert flops.count(image, f32(1, 8, 8, 3), f32(3, 3, 3, 16)) == flops.Flops(2 * 4 * 4 * 16 * 9 * 3)
+    # Of the branches of a conditional the cheapest; a product in a loop of unknown length is no number.
+    branch = lambda flag, x: jax.lax.cond(flag, lambda x: x @ x @ x, lambda x: x @ x, x)
+    assert flops.count(branch, jax.ShapeDtypeStruct((), bool), f32(4, 4)) == flops.Flops(2 * 4**3)
+    endless = lambda x: jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ x, x)
+    with pytest.raises(ValueError, match="unknown length"):
+        flops.count(endless, f32(4, 4))
+
+
+def test_only_what_is_trained_has_a_gradient():
+    """y = x W + x A B: a frozen W costs its product and, below other layers, the gradient of its input."""
+
+    def loss(lora, frozen, x):
+        for (a, b), w in zip(lora, frozen):
+            x = x @ w + (x @ a) @ b
+        return x.sum()
+
+    n, d, r = 16, 8, 2
+    lora, frozen = [(f32(d, r), f32(r, d))] * 2, [f32(d, d)] * 2
+    found = flops.count(jax.grad(loss), lora, frozen, f32(n, d))
+    weight, adapter = 2 * n * d * d, 2 * 2 * n * d * r
+    # Forwards: the result of the last layer is summed, but its terms are dead then. Backwards: input gradients of the
+    # second layer only, and both gradients of each adapter's two products.
+    first, second = adapter / 2 * 3, weight + adapter / 2 * 3 + adapter
+    assert found.attention == 0 and weight <= found.dense <= 2 * weight + first + second + adapter
+    remat = flops.count(jax.grad(jax.checkpoint(loss)), lora, frozen, f32(n, d))
+    assert remat.dense >= found.dense
+
+
+def test_a_step_of_a_lora():
+    """Attention between activations: three times its forward pass, whatever is rematerialised."""
+    config = toy.shipped("edit_debug")
+    model = toy.model_config()
+    found = flops.of_step(config, model, objectives.make(config, model).batch_shapes()[0])
+    rows, mmdit = config.batch_size, model.mmdit
+    text = config.data.text_length - model.prompt.drop_tokens
+    image = 4 * 64 * 64 // (model.vae.spatial_ratio * mmdit.patch_size) ** 2
+    joint = 3 * 2 * 2 * rows * (text + image) ** 2 * mmdit.width * mmdit.num_layers
+    assert joint <= found.attention <= 1.3 * joint  # the encoder's and the VAE's own are the rest
+
+
+def test_chips_are_known_by_their_kind():
+    class Device:
+        device_kind = "TPU v6 lite"
+
+    assert flops.chip(Device()).flops == 918e12 and flops.chip(jax.devices("cpu")[0]) is None
+    Device.device_kind = "TPU v5"
+    assert flops.chip(Device()).name == "v5p"
+
+
+# ----------------------------------------------------------------------------------------------------------- FLOPs done
+
+
+def test_loops_count_as_often_as_they_run():
+    """Products in nested scans; XLA's own count takes each body once."""
+    x, w = np.ones((32, 48), np.float32), np.ones((5, 48, 48), np.float32)
+
+    def run(x, w):
+        outer = lambda x, _: (jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], None)
+        return jax.lax.scan(outer, x, None, length=3)[0]
+
+    compiled = jax.jit(run).lower(x, w).compile()
+    module = hlo.Module(compiled.as_text())
+    assert module.work().flops == 3 * 5 * 2 * 32 * 48 * 48
+    assert ("f32", (32, 48)) in module.buffers() and not module.work().collectives
+
+
+@pytest.mark.parametrize(
+    "text, groups",
+    [
+        ("replica_groups={{0,1},{2,3}}, use", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4], use", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), use", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}, use", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}, use", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}, use", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}, use", [[0, 1], [2, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}, use", [[0, 1], [1, 0]]),
+    ],
+)
+def test_groups_of_collectives(text, groups):
+    assert hlo._groups(text).tolist() == groups
+
+
+MODULE = """\
+HloModule step, is_scheduled=true
+
+%inside (p0: bf16[60,16,3072], p1: s32[]) -> bf16[1,16,3072] {
+  %p0 = bf16[60,16,3072]{2,1,0:T(8,128)} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  ROOT %slice = bf16[1,16,3072]{2,1,0:T(8,128)} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,16,3072}
+}
+
+%cond (c: (s32[], bf16[60,16,3072])) -> pred[] {
+  %c = (s32[]{:T(128)}, bf16[60,16,3072]{2,1,0}) parameter(0)
+  %n = s32[]{:T(128)} constant(60)
+  %i = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%body (b: (s32[], bf16[60,16,3072])) -> (s32[], bf16[60,16,3072]) {
+  %b = (s32[]{:T(128)}, bf16[60,16,3072]{2,1,0}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%b), index=0
+  %w = bf16[60,16,3072]{2,1,0} get-tuple-element(%b), index=1
+  %two = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%j, %two)
+  %part = bf16[1,16,3072]{2,1,0:T(8,128)} fusion(%w, %j), kind=kLoop, calls=%inside
+  %whole = bf16[1,64,3072]{2,1,0:T(8,128)S(1)} all-gather(%part), replica_groups={{0,1,2,3}}, dimensions={1}, \
+metadata={op_name="jit(step)/blocks"}
+  %conv = bf16[1,64,64]{2,1,0:T(8,128)S(1)} convolution(%whole, %whole), window={size=1}, dim_labels=0bf_0oi->0bf
+  ROOT %out = (s32[]{:T(128)}, bf16[60,16,3072]{2,1,0}) tuple(%next, %w)
+}
+
+ENTRY %main (a: (s32[], bf16[60,16,3072])) -> (s32[], bf16[60,16,3072]) {
+  %a = (s32[]{:T(128)}, bf16[60,16,3072]{2,1,0}) parameter(0)
+  ROOT %loop = (s32[]{:T(128)}, bf16[60,16,3072]{2,1,0}) while(%a), condition=%cond, body=%body
+}
+"""
+
+
+def test_a_tpu_programs_text():
+    """An unrolled loop of 30 steps: slices of a stack are read, not the stack; VMEM (`S(1)`) is not memory traffic."""
+    work = hlo.Module(MODULE).work()
+    part = 16 * 3072 * 2
+    assert work.flops == 30 * 2 * 64 * 64 * 3072
+    # Read and written by the slice, read by the all-gather; four scalars.
+    assert work.hbm_bytes == 30 * (part + part + part + 4 * 4)
+    [collective] = work.collectives
+    assert (collective.kind, collective.bytes, collective.times) == ("all-gather", 3 * part, 30)
+    assert collective.what == "jit(step)/blocks"
+
+
+def test_products_written_as_convolutions():
+    """Batch dimensions of a product become a spreading window that meets one element an output."""
+    spread = {"size": "8", "stride": "7", "pad": "0_0", "lhs_dilate": "8"}
+    assert hlo._meetings(spread, given=8, made=8) == 1.0
+    assert hlo._meetings({"size": "3", "pad": "1_1"}, given=4, made=4) == (3 * 4 - 2) / 4
+    assert hlo._meetings({"size": "2"}, given=2, made=1) == 2.0
+
+
+# ------------------------------------------------------------------------------------------------------------- on a TPU
+
+
+def compile_for_a_tpu() -> None:
+    """Runs in a process of its own: a LoRA step of a few small blocks, compiled for four chips; prints its report."""
+    import aot
+
+    config = load_config(toy.CONFIGS / "edit_debug.py", {"data.buckets": "((128, 128),)", "mesh": "{'fsdp': 4}"})
+    model = toy.model_config()
+    wide = dict(attention_head_dim=128, axes_dims_rope=(16, 56, 56), num_layers=2, in_channels=16)
+    model = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, **wide))
+    mesh = parallel.make_mesh(dict(config.mesh), aot.described_devices("v5e:2x2"))
+    made = aot.lower_train(config, mesh, model, 0)
+    report, text = aot.analyse(config, "edit_debug", "v5e:2x2", "train", mesh, made)
+    print(aot.row(report))
+    print(json.dumps(dataclasses.asdict(report) | {"splash": text.count("splash_mha_fwd")}))
+
+
+def run_here(code: str) -> subprocess.CompletedProcess:
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tools", ROOT / "tests")))
+    environment = os.environ | {"PYTHONPATH": paths, "TPU_SKIP_MDS_QUERY": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=900)
+
+
+def test_a_step_compiles_for_a_tpu_that_is_not_there():
+    done = run_here("import test_aot; test_aot.compile_for_a_tpu()")
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["chips"] == 4 and report["chip"] == "TPU v5 lite" and report["splash"] >= 1
+    assert report["whole"] == [] and 0 < report["argument_bytes"] < report["peak_bytes"] < report["hbm_bytes"]
+    # The kernel's own FLOPs, padded and with the scores computed again, are more than the objective needs.
+    assert 0 < report["needed_attention"] < report["done_attention"] < report["done_flops"]
+    assert report["collective_bytes"]["all-gather"] > 0 and report["compute_seconds"] > 0
+
+
+def test_a_topology_that_does_not_exist():
+    sys_path = "import aot, sys; sys.exit(aot.main(['configs/edit_debug.py', '--topology', 'v5e:nine']))"
+    done = run_here(sys_path)
+    assert done.returncode == 2 and "--topology 'v5e:nine'" in done.stderr, done.stderr[-2000:]
+
+
+def test_configurations_that_cannot_be_compiled_say_why():
+    import aot
+
+    with pytest.raises(RefineError, match="set init_from"):
+        aot.architecture(toy.refine_config("somewhere"))
