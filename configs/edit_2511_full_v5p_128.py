@@ -16,7 +16,7 @@ from refine_jax import recipes
 
 
 def get_config() -> ml_collections.ConfigDict:
-    r"""The resolved configuration."""
+    """The resolved configuration."""
     config = recipes.edit_lora(
         "qwen-image-edit-2511", "v5p:4x4x4", dict(fsdp=64), batch_size=64, lora=None, save_every=250
     )
