@@ -16,4 +16,5 @@ from refine_jax import recipes
 
 def get_config() -> ml_collections.ConfigDict:
     """The resolved configuration."""
-    return recipes.edit_lora("qwen-image-edit-2509", "v5e:8x8", dict(fsdp=8, context=4, tensor=2), rules=recipes.SPREAD)
+    mesh = dict(fsdp=8, context=4, tensor=2)
+    return recipes.edit_lora("qwen-image-edit-2509", "v5e:8x8", mesh, rules=recipes.SPREAD, remat="dots")

@@ -56,7 +56,7 @@ def of_step(config: ml_collections.ConfigDict, model: ModelConfig | None, batch:
     """
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
-        plain.remat = None
+        plain.remat, plain.variant = None, ""  # the latter is a check of `model`, which is about to change
     if model is not None:
         # Whatever the kernels are: two products forwards, four for the gradients.
         mmdit = dataclasses.replace(model.mmdit, remat=None, attention_impl="xla")
