@@ -17,7 +17,7 @@ import numpy as np
 
 from refine_jax import checkpoint, conditioning, flow, loading, losses, parallel, prompts
 from refine_jax.convert import lora as lora_files
-from refine_jax.data import loader, synth
+from refine_jax.data import cache, loader, synth
 from refine_jax.data.records import Dataset, open_picture
 from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig, encode_images, encode_prompts, velocity
@@ -146,12 +146,18 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     MMDiT, and the vision-language encoder too where `config.train_encoder` is set. Frozen weights and computation are
     `config.dtype`, trained ones float32.
     """
-    adapter = config.get("lora")
+    adapter, data = config.get("lora"), config.data
+    kinds = ("synth", "records", "cache")
+    if data.source not in kinds:
+        raise RefineError(f"data.source {data.source!r}: choose one of {', '.join(kinds)}")
+    cached = data.source == "cache"
+    if cached and (config.train_encoder or not config.init_from):
+        raise RefineError("data.source 'cache': the encoder must stay as it is; set init_from, and train_encoder=False")
     trained = () if adapter else ("mmdit", "vl") if config.train_encoder else ("mmdit",)
-    frozen = tuple(name for name in ("mmdit", "vae", "vl") if name not in trained)
+    needed = ("mmdit",) if cached else ("mmdit", "vae", "vl")
+    frozen = tuple(name for name in needed if name not in trained)
     source, model = _start(config, trained, model)
     boxed = model.boxed(frozen)
-    data = config.data
 
     def load(shardings: Any) -> Any:
         return source.parameters(model.abstract(frozen), shardings, config.dtype, progress=bool(config.init_from))
@@ -174,13 +180,15 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         fold = lambda path, leaf: leaf * scale if path[-1].key == "b" and scale != 1.0 else leaf
         return jax.tree_util.tree_map_with_path(fold, params.get("lora", {}))
 
-    kinds = ("synth", "records")
-    if data.source not in kinds:
-        raise RefineError(f"data.source {data.source!r}: choose one of {', '.join(kinds)}")
     buckets = [tuple(bucket) for bucket in data.buckets]
 
     def batches() -> Iterator:
         hosts = dict(process_index=jax.process_index(), process_count=jax.process_count(), workers=data.workers)
+        if cached:
+            mesh = parallel.make_mesh(dict(config.mesh))
+            weights = cache.fingerprint(cache.load_encoders(config, model, mesh, progress=True))
+            found = cache.open_cache(data.path, cache.made_with(config, model, weights))
+            return cache.batches(found, config.seed, config.batch_size, dropout=config.instruction_dropout, **hosts)
         common = dict(seed=config.seed, batch_size=config.batch_size, buckets=buckets, **hosts)
         if data.source == "synth":
             pairs = loader.refine_batches(split="train", weights=tuple(data.weights), **common)
@@ -197,7 +205,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         return _Prompted(pairs, model, tokenizer, data.text_length, config.instruction_dropout, config.seed)
 
     def batch_shapes() -> list[dict[str, Any]]:
-        rows, length = config.batch_size, data.text_length
+        rows, length, dtype = config.batch_size, data.text_length, jnp.dtype(config.dtype)
         shape = lambda dtype, *sides: jax.ShapeDtypeStruct((rows, *sides), dtype)
         prompt = dict(
             ids=shape(jnp.int32, length),
@@ -205,6 +213,20 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
             positions=shape(jnp.int32, length, 3),
             image_index=shape(jnp.int32, length),
         )
+        if cached:
+            text = length - model.prompt.drop_tokens
+            latents = ("target", "image", "reference", "mask")
+            grids = [model.latent_size(bucket) for bucket in buckets]
+            return [
+                {name: shape(jnp.float32, *grid, model.vae.z_dim) for name in latents}
+                | {name: shape(jnp.float32, *grid) for name in ("band", "region")}
+                | dict(
+                    has_reference=shape(jnp.bool_),
+                    text=shape(dtype, text, model.mmdit.joint_attention_dim),
+                    text_mask=shape(jnp.bool_, text),
+                )
+                for grid in grids
+            ]
         return [
             dict(
                 image=shape(jnp.uint8, *bucket, 3),
@@ -229,6 +251,10 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
                 lora_files.write_adapter(folder / LORA_FILE, trees, metadata={"base_model": str(config.init_from)})
             return
         trees = {**frozen, **params}
+        if cached:  # what was not needed is a part of the result all the same
+            rest = ("vae", "vl")
+            placed = parallel.param_shardings(model.boxed(rest), None)
+            trees |= source.parameters(model.abstract(rest), placed, config.dtype)
         scanned = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, scan=True, remat=None))
         if not model.mmdit.scan:
             trees["mmdit"] = stack_blocks(trees["mmdit"])
@@ -265,7 +291,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         load=load,
         initial=initial if config.init_from and trained else None,
         batch_shapes=batch_shapes,
-        refiner=refiner,
+        refiner=None if cached else refiner,
         samples=samples,
         model=model,
     )

@@ -9,10 +9,12 @@ import pytest
 import records_toy
 import toy
 from flax import linen as nn
+from flax.linen import meta
 
 from refine_jax import checkpoint, cli, objectives, parallel
 from refine_jax.data import cache, cache_build, records
 from refine_jax.errors import RefineError
+from refine_jax.train import train
 
 MESH = parallel.make_mesh({"fsdp": 1}, jax.devices()[:1])
 
@@ -20,7 +22,7 @@ MESH = parallel.make_mesh({"fsdp": 1}, jax.devices()[:1])
 def config_of(folder, dataset):
     config = toy.refine_config("")
     config.init_from, config.model, config.train_encoder = str(folder), {}, False
-    config.lora = dict(rank=2, alpha=2.0, targets="to_q")
+    config.lora = dict(rank=2, alpha=2.0, targets="blocks/attn/to_q")
     config.instruction_dropout = 0.4
     config.data = dict(
         source="records", path=str(dataset), buckets=((32, 64),), text_length=112, workers=0, max_corrupt=0
@@ -215,3 +217,34 @@ def test_the_command(made, tmp_path, capsys):
     assert cli.main(["data", "check", "x", "--config.seed=1"]) == 2
     assert "only for" in capsys.readouterr().err
     assert json.loads((opened.folder / "dataset.json").read_text())["recipe"]["data"]["digest"]
+
+
+def test_a_lora_is_trained_from_the_cache(made, tmp_path):
+    """Loss and update are those of training on the pictures, batch for batch; the encoders are not in the program."""
+    config, folder, _ = made
+    config = config.copy_and_resolve_references()
+    config.steps, config.batch_size = 1, 2
+    online = objectives.make(config)
+    config.data.source, config.data.path = "cache", str(folder)
+    objective = objectives.make(config)
+    assert set(objective.frozen) == {"mmdit"} and objective.refiner is None
+    batches = objective.batches()
+    batch = next(batches)
+    batches.close()
+    shapes = objective.batch_shapes()[0]
+    assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
+
+    train(config, tmp_path / "cached", progress=False)
+    line = json.loads((tmp_path / "cached" / "metrics.jsonl").read_text())
+    params = jax.eval_shape(online.init, jax.random.key(config.seed))
+    placed = parallel.param_shardings(params, None)
+    frozen = objective.load(parallel.param_shardings(objective.frozen, None))
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    start = meta.unbox(jax.jit(online.init)(jax.random.key(config.seed)))
+    assert jax.tree.structure(start) == jax.tree.structure(placed)
+    loss, _ = jax.jit(objective.loss)(start, frozen, batch, key)
+    np.testing.assert_allclose(line["loss"], loss, rtol=1e-5)
+    assert (tmp_path / "cached" / "model" / objectives.LORA_FILE).is_file()
+    config.train_encoder = True
+    with pytest.raises(RefineError, match="train_encoder=False"):
+        objectives.make(config)
