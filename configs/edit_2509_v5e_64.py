@@ -6,7 +6,7 @@ r"""The paper's LoRA on Qwen-Image-Edit-2509 (the paper's base model), on a v5e-
         --config.data.path=caches/DIGITS
 
 Eight chips share a sample: its tokens are split four ways, heads and MLP two ways.
-docs/pods.md has the compiler's figures.
+The program is that of edit_2511_v5e_64 but for the modulation at t = 0; docs/pods.md has the compiler's figures.
 """
 
 import ml_collections

@@ -6,7 +6,7 @@ r"""The paper's LoRA on Qwen-Image-Edit-2509 (the paper's base model), on a v5p-
         --config.data.path=caches/DIGITS
 
 A sample a chip.
-docs/pods.md has the compiler's figures.
+The program is that of edit_2511_v5p_16 but for the modulation at t = 0; docs/pods.md has the compiler's figures.
 """
 
 import ml_collections

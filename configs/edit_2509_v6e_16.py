@@ -6,7 +6,7 @@ r"""The paper's LoRA on Qwen-Image-Edit-2509 (the paper's base model), on a v6e-
         --config.data.path=caches/DIGITS
 
 Two chips share a sample: its tokens are split, keys and values gathered.
-docs/pods.md has the compiler's figures.
+The program is that of edit_2511_v6e_16 but for the modulation at t = 0; docs/pods.md has the compiler's figures.
 """
 
 import ml_collections

@@ -6,7 +6,7 @@ r"""The paper's LoRA on Qwen-Image-Edit-2511 (what the released adapter is for),
         --config.data.path=caches/DIGITS
 
 Eight chips share a sample: its tokens are split four ways, heads and MLP two ways.
-docs/pods.md has the compiler's figures.
+By the compiler: 12.8 of 16 GiB a chip, a step takes 0.83 s or more, MFU 90 % at most (docs/pods.md).
 """
 
 import ml_collections

@@ -393,13 +393,16 @@ def shipped() -> list[tuple[Path, str]]:
     return found
 
 
+def _measured() -> dict[str, dict]:
+    return json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
+
+
 def measure_all(again: bool, only: str) -> list[Report]:
     """Reports of all shipped configurations; what is unchanged since it was measured is taken from docs/pods.json.
 
     only: an expression; configurations whose names do not match are taken as they stand there, or left out.
     """
-    known = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
-    reports = []
+    known, reports = _measured(), []
     for path, topology in tqdm(shipped(), unit="program"):
         if not re.search(only, path.stem):
             if path.stem in known:
@@ -411,6 +414,7 @@ def measure_all(again: bool, only: str) -> list[Report]:
         mark = made.mark(topology)
         if again or known.get(path.stem, {}).get("mark") != mark:
             report, _ = analyse(config, path.stem, topology, "train", mesh, made)
+            known = _measured()  # another process may have added to it meanwhile
             known[path.stem] = {"mark": mark, "report": dataclasses.asdict(report)}
             checkpoint.write_text(MEASURED, json.dumps(known, indent=1, sort_keys=True) + "\n")
         reports.append(Report(**known[path.stem]["report"]))

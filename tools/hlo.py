@@ -295,7 +295,8 @@ class Module:
                 "all-to-all": given * part,
             }.get(opcode, 2.0 * given * part)
         named = re.search(r'op_name="([^"]*)"', instruction.attributes)
-        return [Collective(opcode, came, times, groups, named[1] if named else "")]
+        what = named[1] if named else re.sub(r"\{[^}]*\}", "", instruction.type)[:60]
+        return [Collective(opcode, came, times, groups, what)]
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
