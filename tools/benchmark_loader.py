@@ -17,6 +17,7 @@ both are compared.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -102,9 +103,10 @@ def ours(folder: Path, area: str, workers: int):
         tokenizer = prompts.byte_tokenizer(temporary)
     dataset = records.Dataset(folder / "set")
     batches = loader.record_batches(dataset, 0, BATCH, AREAS[area], workers=workers)
-    for batch in batches:
-        texts = [loader.decode_instruction(row) for row in batch.pop("instruction")]
-        yield {**batch, **tokenise(tokenizer, texts, batch["has_reference"].tolist())}
+    with contextlib.closing(batches):
+        for batch in batches:
+            texts = [loader.decode_instruction(row) for row in batch.pop("instruction")]
+            yield {**batch, **tokenise(tokenizer, texts, batch["has_reference"].tolist())}
 
 
 def pytorch(folder: Path, area: str, workers: int):
@@ -178,6 +180,7 @@ def measure(pipeline: str, folder: Path, area: str, workers: int, steps: int) ->
     for _ in range(steps):
         next(run)
     seconds, busy = time.perf_counter() - started, processor_seconds() - busy
+    run.close()
     np.savez(folder / f"{pipeline}_{area}.npz", **{f"{k}_{n}": v for k, b in enumerate(first) for n, v in b.items()})
     return {"a core": steps * BATCH / busy, "a second": steps * BATCH / seconds}
 
@@ -205,7 +208,7 @@ def main() -> None:
     if args.child:
         pipeline, folder, area = args.child
         print(json.dumps(measure(pipeline, Path(folder), area, args.workers, args.steps)), flush=True)
-        psutil.Process().kill()  # endless workers need no farewell
+        return
     figures = {}
     with tempfile.TemporaryDirectory() as temporary:
         for kind in args.kinds.split(","):

@@ -21,6 +21,7 @@ from refine_jax.errors import RefineError
 Size = tuple[int, int]
 
 INSTRUCTION_BYTES = 96
+_COPIED = 1 << 20  # bytes
 
 
 def encode_instruction(text: str, width: int = INSTRUCTION_BYTES) -> np.ndarray:
@@ -93,8 +94,10 @@ class Batches(grain.DatasetIterator):
         if self._source is None:
             self._source = self._build()
         batch = next(self._source)
-        if self._workers:  # out of the shared memory, which ends with the workers
-            batch = {name: np.array(value) for name, value in batch.items()}
+        if self._workers:
+            # A large array stays in the memory that it shares with the worker, which lasts as long as the array does. A
+            # small one is copied out of it: each holds an open file.
+            batch = {name: (np.array if value.nbytes < _COPIED else np.asarray)(value) for name, value in batch.items()}
         self._step += 1
         return batch
 
