@@ -162,6 +162,21 @@ class ModelConfig:
         """`abstract` with each parameter in its logical box, as `parallel.param_shardings` takes it."""
         return jax.eval_shape(lambda: self.init(jax.random.key(0), names))
 
+    def fit_prompt(
+        self, tokenizer: Any, text: str, grids: Sequence[Size], present: Sequence[bool], length: int
+    ) -> prompts.TokenizedPrompt:
+        """A prompt of at most `length` tokens, for training: a longer instruction loses its end.
+
+        grids, present: as in `prompts.encode_prompt`. Raises `RefineError` where the pictures alone are too long.
+        """
+        while True:
+            encoded = prompts.encode_prompt(
+                tokenizer, self.prompt, text, grids, self.vl.vision.spatial_merge_size, present
+            )
+            if len(encoded) <= length or not text:
+                return encoded
+            text = text[: -max(1, (len(encoded) - length) // 4)]
+
     @staticmethod
     def byte_tokenizer(folder: str | Path | None = None) -> Any:
         """The byte-level tokenizer of the tiny models, written to `folder` (default: nowhere that stays)."""

@@ -484,7 +484,9 @@ class _Prompted:
         draws = np.random.default_rng([self._seed, step, 0]).random(rows * jax.process_count())[host * rows :][:rows]
         texts = [loader.decode_instruction(row) for row in batch.pop("instruction")]
         texts = [self._model.negative_prompt if draw < self._dropout else text for draw, text in zip(draws, texts)]
-        encoded = [self._encode(text, grids, here) for text, here in zip(texts, batch["has_reference"].tolist())]
+        fit = functools.partial(self._model.fit_prompt, self._tokenizer, grids=grids, length=self._length)
+        there = batch["has_reference"].tolist()
+        encoded = [fit(text, present=[True, here, True]) for text, here in zip(texts, there)]
         batch["prompt"] = vars(prompts.pad_prompts(encoded, self._length))
         for name in ("is_logo", "skipped"):
             batch.pop(name, None)
@@ -494,15 +496,6 @@ class _Prompted:
     def corrupt(self) -> int:
         """How many records this host had to leave out so far."""
         return len(getattr(self._pairs, "corrupt", ()))
-
-    def _encode(self, text: str, grids: Sequence[tuple[int, int]], has_reference: bool) -> prompts.TokenizedPrompt:
-        """A prompt of at most the batch's length: a longer instruction (a logo of many words) loses its end."""
-        merge, present = self._model.vl.vision.spatial_merge_size, [True, has_reference, True]
-        while True:
-            encoded = prompts.encode_prompt(self._tokenizer, self._model.prompt, text, grids, merge, present)
-            if len(encoded) <= self._length or not text:
-                return encoded
-            text = text[: -max(1, (len(encoded) - self._length) // 4)]
 
     def get_state(self) -> dict[str, Any]:
         """The pairs' position."""

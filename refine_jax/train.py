@@ -240,7 +240,9 @@ def make_program(
         total, _ = jax.lax.scan(add, zeros, parts)
         return jax.tree.map(lambda x: x / accumulate, total)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, whole))
+    options = parallel.compiler_options(mesh)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=options)
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         (loss, parts), grads = gradients(state.params, frozen, batch, key)

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +126,11 @@ class _Encoder:
         grids = [model.vl_grid(shape[1] / shape[0]) for shape in (size, reference_size, size)]
         read = lambda texts: vars(
             prompts.pad_prompts(
-                [_prompt(model, self._tokenizer, t, grids, here, length) for t, here in zip(texts, present)], length
+                [
+                    model.fit_prompt(self._tokenizer, t, grids, [True, here, True], length)
+                    for t, here in zip(texts, present)
+                ],
+                length,
             )
         )
         inputs = {"pairs": pairs, "prompt": read(texts)}
@@ -150,15 +154,3 @@ class _Encoder:
             shown = reference_size if present[k] else (0, 0)
             done[entry] = ([int(self._numbers[entry]), *size, *shown], msgpack.packb(packed))
         return done
-
-
-def _prompt(
-    model: ModelConfig, tokenizer: Any, text: str, grids: Sequence[tuple[int, int]], has_reference: bool, length: int
-) -> prompts.TokenizedPrompt:
-    """A prompt of at most `length` tokens: a longer instruction loses its end, as in training."""
-    merge, present = model.vl.vision.spatial_merge_size, [True, has_reference, True]
-    while True:
-        encoded = prompts.encode_prompt(tokenizer, model.prompt, text, grids, merge, present)
-        if len(encoded) <= length or not text:
-            return encoded
-        text = text[: -max(1, (len(encoded) - length) // 4)]
