@@ -30,9 +30,9 @@ LAUNCH = ROOT / "launch"
 HOSTILE = "a b'c\"d$(touch pwned)`touch pwned`\\e;f&g|h>i*?~{x,y}#!"
 
 RECORD = r"""
-printf '%s' "${0##*/}" >>"$CLOUD/calls"
-for word in "$@"; do printf '\037%s' "$word" >>"$CLOUD/calls"; done
-printf '\036' >>"$CLOUD/calls"
+call=${0##*/}
+for word in "$@"; do call+=$'\037'$word; done
+printf '%s\036' "$call" >>"$CLOUD/calls"  # at once: several run at the same time
 pop() { # the first line of a file; the last one stays
   [[ -e $1 ]] || return 0
   head -n 1 "$1"
@@ -760,7 +760,7 @@ def test_half_set_variables_are_named(env, words):
 def test_train_starts_with_the_others(monkeypatch, capsys):
     """What is half set is bad input (2); that nobody comes may pass (69). Both before a device is touched."""
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
-    command = ["train", "--config", "none.py", "--workdir", "none"]
+    command = ["train", "--config", str(ROOT / "configs" / "tiny_vae.py"), "--workdir", "none"]
     assert cli.main(command) == 2 and "set all three or none" in capsys.readouterr().err
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{free_port()}")

@@ -96,12 +96,13 @@ def _rows(methods: Mapping[str, Any], group: str) -> list[str]:
 def table(results: Mapping[str, Any]) -> str:
     """`results` of the held-out evaluation (its metrics.json) as Markdown."""
     about, methods = results["about"], results["methods"]
+    steps = f"{about['steps']} step" + "s" * (about["steps"] != 1)
     lines = [
         "# Held-out evaluation",
         "",
         f"{sum(about['samples'].values())} scenes of {about['side']}×{about['side']} pixels with one damaged region "
         f"each ({about['samples']['text']} words, {about['samples']['logo']} logos); fonts, logos, words, photographs "
-        f"were never trained on. {about['steps']} steps, true CFG {about['true_cfg_scale']:g}, margin "
+        f"were never trained on. {steps}, true CFG {about['true_cfg_scale']:g}, margin "
         f"{about['margin']:g}, one seed, unless a row says otherwise. In parentheses: 95 % bootstrap intervals.",
     ]
     for group, title in (("all", "Words and logos"), ("text", "Words"), ("logo", "Logos")):
