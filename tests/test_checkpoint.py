@@ -7,6 +7,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import toy
 
 from refine_jax import checkpoint
 from refine_jax.checkpoint import MANIFEST, WEIGHTS, load_weights, read_manifest, save_model
@@ -162,6 +163,17 @@ def test_another_number_of_processes_is_said(tmp_path):
     (line,) = checkpoint.changes({"processes": 1, "seed": 4, "data": {"path": "a"}}, {"seed": 4, "data": {"path": "b"}})
     assert "another data: the order of samples changes" in line
     manager.close()
+
+
+def test_a_large_model_is_written_in_parts(tmp_path, monkeypatch):
+    """Beyond `LARGE` nothing is gathered: an orbax checkpoint a network, written again in the same place too."""
+    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    model = toy.model_config()
+    for seed in (1, 2):
+        variables = jax.tree.map(jax.numpy.asarray, toy.random_variables(model, seed))
+        checkpoint.save_model(tmp_path, model.to_manifest(), variables)
+    assert (tmp_path / checkpoint.ORBAX / "mmdit").is_dir() and not (tmp_path / checkpoint.WEIGHTS).exists()
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.load_weights(tmp_path, model.abstract()), variables)
 
 
 def test_weights_are_as_readable_as_the_manifest(tmp_path):
