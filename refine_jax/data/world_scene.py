@@ -1,0 +1,458 @@
+"""The small world: what a prompt may state, scenes that show it, and the renderer.
+
+A `Spec` is what a prompt states, a `Scene` is one arrangement of shapes (and letters) on a background, `render` draws
+it. Lengths and positions in a scene are fractions of the picture's side, x to the right, y down.
+"""
+
+import functools
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from refine_jax.errors import RefineError
+
+Rng = np.random.Generator
+
+DIMENSIONS = ("count", "colour", "shape", "size", "position", "text")
+SPLITS = ("train", "eval")
+# Hue in degrees, saturation, value of each colour as drawn.
+COLOURS = {
+    "red": (357.0, 0.84, 0.87),
+    "orange": (27.0, 0.89, 0.95),
+    "yellow": (51.0, 0.84, 0.95),
+    "green": (136.0, 0.70, 0.66),
+    "blue": (220.0, 0.80, 0.88),
+    "purple": (279.0, 0.65, 0.75),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart")
+SIZES = {"small": (0.072, 0.082), "large": (0.125, 0.145)}  # the radius, as fractions of the side
+PLACES = ("left", "right", "top", "bottom", "centre", "top left", "top right", "bottom left", "bottom right")
+RELATIONS = {"left": "right", "right": "left", "above": "below", "below": "above"}  # and their opposites
+MOST = 4  # shapes in a scene, letters in a text
+_EVAL_SHARE = 0.1
+
+# Block letters, each in one piece; few of them, so that a tiny network can learn to draw them all.
+GLYPHS = {
+    "A": (".###.", "#...#", "#...#", "#####", "#...#", "#...#", "#...#"),
+    "C": (".####", "#....", "#....", "#....", "#....", "#....", ".####"),
+    "E": ("#####", "#....", "#....", "####.", "#....", "#....", "#####"),
+    "H": ("#...#", "#...#", "#...#", "#####", "#...#", "#...#", "#...#"),
+    "L": ("#....", "#....", "#....", "#....", "#....", "#....", "#####"),
+    "O": (".###.", "#...#", "#...#", "#...#", "#...#", "#...#", ".###."),
+    "T": ("#####", "..#..", "..#..", "..#..", "..#..", "..#..", "..#.."),
+    "U": ("#...#", "#...#", "#...#", "#...#", "#...#", "#...#", ".###."),
+    "X": ("#...#", "#...#", ".#.#.", "..#..", ".#.#.", "#...#", "#...#"),
+    "Z": ("#####", "....#", "...#.", "..#..", ".#...", "#....", "#####"),
+}
+
+
+class Part(NamedTuple):
+    """One thing that a prompt states. `subject`: "0" or "1" (a group), "0:1" (a relation of both) or "text"."""
+
+    dimension: str
+    subject: str
+    value: str | int
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is stated about one group of shapes; None where nothing is stated."""
+
+    count: int | None = None
+    colour: str | None = None
+    shape: str | None = None
+    size: str | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a prompt states about a picture.
+
+    One group: all shapes of the picture, possibly at a `place`. Two groups: every shape belongs to one of them,
+    possibly with a `relation` of the first to the second ("left": the first is to the left of the second).
+    `text`: the letters written in it; `text_place`: "top" or "bottom". None where nothing is stated.
+    """
+
+    groups: tuple[Group, ...] = (Group(),)
+    place: str | None = None
+    relation: str | None = None
+    text: str | None = None
+    text_place: str | None = None
+
+    @functools.cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Everything stated, in the order of DIMENSIONS."""
+        parts = [
+            Part(name, str(k), getattr(group, name))
+            for name in DIMENSIONS[:4]
+            for k, group in enumerate(self.groups)
+            if getattr(group, name) is not None
+        ]
+        stated = (("0", self.place), ("0:1", self.relation), ("text", self.text_place))
+        parts += [Part("position", subject, value) for subject, value in stated if value is not None]
+        if self.text is not None:
+            parts.append(Part("text", "text", self.text))
+        return tuple(parts)
+
+    @functools.cached_property
+    def dimensions(self) -> tuple[str, ...]:
+        """The stated dimensions, in the order of DIMENSIONS."""
+        stated = {part.dimension for part in self.parts}
+        return tuple(name for name in DIMENSIONS if name in stated)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """One text a meaning: "A left of B" and "B right of A" have the same."""
+        ordered = sorted(range(len(self.groups)), key=lambda k: str(self.groups[k]))
+        relation = RELATIONS[self.relation] if self.relation and ordered[0] else self.relation
+        return "|".join(
+            map(str, (*(self.groups[k] for k in ordered), self.place, relation, self.text, self.text_place))
+        )
+
+    @property
+    def split(self) -> str:
+        """The split to which everything that means this belongs, in both languages and any wording."""
+        # A hash of the meaning alone: a change of the drawing of specs moves none across the division.
+        share = int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:4], "big") / 2**32
+        return "eval" if share < _EVAL_SHARE else "train"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Spec":
+        """The inverse of `to_dict`. Raises RefineError for an unknown field or value."""
+        try:
+            groups = tuple(Group(**group) for group in values.get("groups", ({},)))
+            spec = cls(**{**values, "groups": groups})
+        except TypeError as error:
+            raise RefineError(f"spec: {error}; use the fields that Spec.to_dict writes") from None
+        spec.validate()
+        return spec
+
+    def validate(self) -> None:
+        """Raises RefineError when a value is not of this world."""
+        allowed = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "count": range(1, MOST + 1)}
+        if len(self.groups) not in (1, 2):
+            raise RefineError(f"spec.groups: got {len(self.groups)}, expected one or two groups")
+        for name, known in allowed.items():
+            for group in self.groups:
+                _member(f"groups.{name}", getattr(group, name), known)
+        _member("place", self.place, PLACES if len(self.groups) == 1 else ())
+        _member("relation", self.relation, RELATIONS if len(self.groups) == 2 else ())
+        _member("text_place", self.text_place, ("top", "bottom"))
+        if self.text is not None and not (1 <= len(self.text) <= MOST and set(self.text) <= GLYPHS.keys()):
+            raise RefineError(f"spec.text: got {self.text!r}, expected 1 to {MOST} letters of {''.join(GLYPHS)}")
+
+
+def _member(name: str, value: Any, known) -> None:
+    if value is not None and value not in known:
+        raise RefineError(f"spec.{name}: got {value!r}, expected one of {', '.join(map(str, known)) or 'none here'}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape: its centre (x, y) and radius in fractions of the side, its angle in radians, the group it is of."""
+
+    shape: str
+    colour: str
+    size: str
+    group: int = 0
+    x: float = 0.0
+    y: float = 0.0
+    radius: float = 0.0
+    angle: float = 0.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A whole picture. `text` "" for none; (text_x, text_y) its upper left corner, `cell` the side of a letter's dot.
+
+    `seed` decides the background, the tints and the grain.
+    """
+
+    items: tuple[Item, ...]
+    text: str = ""
+    text_place: str = "top"
+    text_x: float = 0.0
+    text_y: float = 0.0
+    cell: float = 0.0
+    seed: int = 0
+
+
+# ---------------------------------------------------------------------------------------------- what may be stated
+
+
+def pick(rng: Rng, values):
+    """One of a sequence, all alike."""
+    return values[int(rng.random() * len(values))]
+
+
+def other(rng: Rng, values, *unwanted):
+    """One of a sequence that is none of `unwanted`."""
+    return pick(rng, [value for value in values if value not in unwanted])
+
+
+def draw_text(rng: Rng) -> str:
+    length = 1 + int(np.searchsorted((0.25, 0.55, 0.8), rng.random()))
+    return "".join(pick(rng, tuple(GLYPHS)) for _ in range(length))
+
+
+def draw_spec(rng: Rng) -> Spec:
+    """Something to state: 1 to 5 dimensions, about one group of shapes or two that differ in a stated attribute."""
+    wanted = 1 + int(np.searchsorted((0.08, 0.25, 0.55, 0.83), rng.random()))
+    double = wanted > 1 and rng.random() < 0.5
+    while True:
+        stated = {DIMENSIONS[k] for k in rng.permutation(6)[:wanted]}
+        # Shapes are what a picture is about: few prompts say nothing of them.
+        if (double or rng.random() < 0.7) and not stated & {"colour", "shape"}:
+            continue
+        if double and not ("count" in stated or rng.random() < 0.3):
+            continue
+        break
+    for _ in range(100):
+        counts = (1 + int(rng.random() * MOST),)
+        if double:
+            counts = pick(rng, ((1, 1), (1, 1), (1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2)))
+        groups = tuple(
+            Group(
+                count if "count" in stated else None,
+                pick(rng, tuple(COLOURS)) if "colour" in stated else None,
+                pick(rng, SHAPES) if "shape" in stated else None,
+                pick(rng, tuple(SIZES)) if "size" in stated else None,
+            )
+            for count in counts
+        )
+        # Groups told apart by their number alone could not be: "two shapes and one shape".
+        if not double or (groups[0].colour, groups[0].shape) != (groups[1].colour, groups[1].shape):
+            break
+    text = draw_text(rng) if "text" in stated else None
+    place = relation = text_place = None
+    if "position" in stated:
+        # Where there are letters, their place may be what is stated, or both.
+        kind = rng.random() if text else 0.0
+        if text and kind > 0.4:
+            text_place = pick(rng, ("top", "bottom"))
+        if kind < 0.7:
+            if double:
+                relation = pick(rng, tuple(RELATIONS))
+            else:
+                alone = groups[0].count == 1
+                place = pick(
+                    rng, PLACES if alone and not text else PLACES[:4] if not alone else PLACES[:4] + PLACES[5:]
+                )
+    return Spec(groups, place, relation, text, text_place)
+
+
+# ---------------------------------------------------------------------------------------------- where things are
+
+_MARGIN, _GAP = 0.025, 0.045
+_HALVES = {"left": (0, 0.0, 0.43), "right": (0, 0.57, 1.0), "top": (1, 0.0, 0.43), "bottom": (1, 0.57, 1.0)}
+
+
+def _limits(place: str | None) -> list[list[float]]:
+    """[[x low, x high], [y low, y high]] of the centres of shapes at a place."""
+    if place == "centre":
+        return [[0.43, 0.57], [0.43, 0.57]]
+    limits = [[0.0, 1.0], [0.0, 1.0]]
+    for word in (place or "").split():
+        axis, low, high = _HALVES[word]
+        limits[axis] = [low, high]
+    return limits
+
+
+def arrange(
+    rng: Rng,
+    items: tuple[Item, ...],
+    place: str | None = None,
+    relation: str | None = None,
+    text: str = "",
+    text_place: str | None = None,
+) -> Scene | None:
+    """Items (their looks only) at random places, none closer to another than a gap; None when they found no room."""
+    low, high = 0.0, 1.0
+    text_place = text_place or pick(rng, ("top", "bottom"))
+    corner = (0.0, 0.0, 0.0)
+    if text:
+        cell = rng.uniform(0.033, 0.0385)
+        width, height = (6 * len(text) - 1) * cell, 7 * cell
+        edge = rng.uniform(0.045, 0.06)
+        x = rng.uniform(0.045, 0.955 - width)
+        corner = (x, edge if text_place == "top" else 1.0 - edge - height, cell)
+        low, high = (edge + height, 1.0) if text_place == "top" else (0.0, 1.0 - edge - height)
+    split = rng.uniform(0.35, 0.65)
+    placed, boxes = [], np.zeros((len(items), 3))
+    for k, item in enumerate(items):
+        radius, angle = rng.uniform(*SIZES[item.size]), rng.uniform(-0.12, 0.12)
+        reach = radius * _REACH[item.shape] + _MARGIN
+        limits = _limits(place)
+        if relation:
+            axis = 0 if relation in ("left", "right") else 1
+            first = (relation in ("left", "above")) == (item.group == 0)
+            at = split if axis == 0 else low + split * (high - low)
+            limits[axis] = [0.0, at] if first else [at, 1.0]
+        (x1, x2), (y1, y2) = limits
+        x1, x2, y1, y2 = max(x1, reach), min(x2, 1.0 - reach), max(y1, low + reach), min(y2, high - reach)
+        if x1 > x2 or y1 > y2:
+            return None
+        spots = rng.random((24, 2)) * (x2 - x1, y2 - y1) + (x1, y1)
+        apart = np.abs(spots[:, None] - boxes[None, :k, :2]).max(-1) - boxes[:k, 2] - reach - _GAP + 2 * _MARGIN
+        free = np.flatnonzero((apart >= 0.0).all(1))
+        if not len(free):
+            return None
+        x, y = spots[free[0]].tolist()
+        boxes[k] = x, y, reach
+        placed.append(Item(item.shape, item.colour, item.size, item.group, x, y, radius, angle))
+    return Scene(tuple(placed), text, text_place, *corner, seed=int(rng.integers(2**31)))
+
+
+# ---------------------------------------------------------------------------------------------- the renderer
+
+
+def _circle(radius: float, sides: int = 40) -> np.ndarray:
+    angles = np.arange(sides) * (2 * math.pi / sides)
+    return radius * np.stack([np.cos(angles), np.sin(angles)], 1)
+
+
+def _heart() -> np.ndarray:
+    t = np.arange(48) * (2 * math.pi / 48)
+    y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+    return np.stack([16 * np.sin(t) ** 3, y], 1) / 14.5
+
+
+def _spikes(points: int, outer: float, inner: float) -> np.ndarray:
+    angles = np.arange(2 * points) * (math.pi / points) - math.pi / 2
+    radii = np.where(np.arange(2 * points) % 2, inner, outer)
+    return np.stack([radii * np.cos(angles), radii * np.sin(angles)], 1)
+
+
+def _centred(outline: np.ndarray) -> np.ndarray:
+    """The outline moved so that its centre of area is the origin."""
+    after = np.roll(outline, -1, 0)
+    pieces = outline[:, 0] * after[:, 1] - after[:, 0] * outline[:, 1]
+    return outline - (pieces @ (outline + after)) / (3.0 * pieces.sum())
+
+
+_a, _w = 1.1, 0.36  # reach and half width of the cross's arms
+# Outlines around the centre of area for radius 1, y down.
+_DRAWN = {
+    "circle": _circle(1.0),
+    "square": 0.9 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float),
+    "triangle": 1.25 * np.array([(0, -1.0), (math.sqrt(0.75), 0.5), (-math.sqrt(0.75), 0.5)]),
+    "star": _spikes(5, 1.25, 0.5),
+    "cross": np.array(
+        [(-_w, -_a), (_w, -_a), (_w, -_w), (_a, -_w), (_a, _w), (_w, _w), (_w, _a), (-_w, _a), (-_w, _w), (-_a, _w)]
+        + [(-_a, -_w), (-_w, -_w)]
+    ),
+    "ring": _circle(1.05),
+    "heart": _heart(),
+}
+OUTLINES = {name: _centred(outline) for name, outline in _DRAWN.items()}
+_HOLE = _circle(0.52)
+_REACH = {name: 1.02 * float(np.abs(outline).max()) for name, outline in OUTLINES.items()}
+_FINE = 8  # subdivisions of a pixel per axis
+
+
+def cover(shape: str, x: float, y: float, radius: float, angle: float) -> tuple[np.ndarray, int, int]:
+    """Coverage [h, w] float32 in 0..1 of a shape whose centre is (x, y) pixels, and the window's left and top pixel."""
+    reach = 1.35 * radius + 1.0
+    left, top = math.floor(x - reach), math.floor(y - reach)
+    side = math.ceil(2 * reach) + 1
+    turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
+    layer = Image.new("L", (side * _FINE, side * _FINE))
+    draw = ImageDraw.Draw(layer)
+    for outline, ink in ((OUTLINES[shape], 255), (_HOLE, 0)):
+        if ink or shape == "ring":
+            points = (outline @ turn * radius + (x - left, y - top)) * _FINE - 0.5
+            draw.polygon(points.ravel().tolist(), fill=ink)
+    return np.asarray(layer.reduce(_FINE), np.float32) / 255.0, left, top
+
+
+def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
+    """[3] float32 in 0..255 of a hue in degrees, saturation and value in 0..1."""
+    k = (np.array([5.0, 3.0, 1.0]) + hue / 60.0) % 6.0
+    return (255.0 * value * (1.0 - saturation * np.clip(np.minimum(k, 4.0 - k), 0.0, 1.0))).astype(np.float32)
+
+
+def _background(rng: Rng, side: int) -> tuple[np.ndarray, bool]:
+    """[side, side, 3] float32 in 0..255: pale or dark, nearly grey, with a gradient or a faint pattern; is it pale?"""
+    pale = rng.random() < 0.7
+    hue = rng.uniform(0.0, 360.0)
+    if pale:
+        base = _rgb(hue, rng.uniform(0.0, 0.11), rng.uniform(0.86, 1.0))
+    else:
+        base = _rgb(hue, rng.uniform(0.0, 0.35), rng.uniform(0.1, 0.2))
+    kind, axis = int(rng.integers(6)), rng.uniform(0.0, math.pi)
+    at = (np.arange(side, dtype=np.float32) + 0.5) / side - 0.5
+    x, y = at[None, :], at[:, None]
+    along = x * math.cos(axis) + y * math.sin(axis)
+    strength = rng.uniform(8.0, 26.0) if kind in (1, 2) else rng.uniform(5.0, 11.0)
+    waves = rng.uniform(18.0, 42.0)
+    if kind == 0:
+        pattern = np.zeros((side, side), np.float32)
+    elif kind == 1:
+        pattern = along
+    elif kind == 2:  # a vignette, or a glow
+        pattern = (0.5 - 2.0 * (x * x + y * y)) * (1.0 if pale else -1.0)
+    elif kind == 3:
+        pattern = 0.5 * np.clip(3.0 * np.sin(waves * along), -1.0, 1.0)
+    elif kind == 4:
+        pattern = 0.5 * np.clip(4.0 * np.sin(0.7 * waves * x) * np.sin(0.7 * waves * y), -1.0, 1.0)
+    else:  # soft clouds
+        coarse = Image.fromarray(rng.random((4, 4), np.float32) - np.float32(0.5), mode="F")
+        pattern = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)) * 1.6
+    tint = 1.0 + rng.uniform(-0.15, 0.15, 3).astype(np.float32)
+    return base + (strength * pattern)[..., None] * tint, pale
+
+
+def overlap(start: float, cell: float, cells: int, pixels: int) -> np.ndarray:
+    """[pixels, cells] float64: the share of each pixel covered by each cell of a row that starts at `start` pixels."""
+    low = start + cell * np.arange(cells)
+    edge = np.arange(pixels)[:, None]
+    return np.clip(np.minimum(low + cell, edge + 1.0) - np.maximum(low, edge), 0.0, 1.0)
+
+
+def bitmap(text: str) -> np.ndarray:
+    """[7, 6 n - 1] float64, 0 or 1: the dots of n letters, one empty column between two."""
+    rows = (".".join(GLYPHS[letter][row] for letter in text) for row in range(7))
+    return np.array([[dot == "#" for dot in row] for row in rows], np.float64)
+
+
+def render(scene: Scene, size: int = 64) -> np.ndarray:
+    """[size, size, 3] uint8, antialiased. Deterministic: the same scene gives the same picture."""
+    if size < 16:
+        raise RefineError(f"size: got {size}, expected at least 16 pixels")
+    rng = np.random.Generator(np.random.PCG64(scene.seed))
+    picture, pale = _background(rng, size)
+    for item in scene.items:
+        hue, saturation, value = COLOURS[item.colour]
+        jitter = rng.uniform(-1.0, 1.0, 5)
+        tint = _rgb(
+            hue + 4.0 * jitter[0], min(1.0, saturation + 0.08 * jitter[1]), min(1.0, value * (1 + 0.07 * jitter[2]))
+        )
+        alpha, left, top = cover(item.shape, item.x * size, item.y * size, item.radius * size, item.angle)
+        # A little light from one side.
+        at = np.linspace(-1.0, 1.0, len(alpha), dtype=np.float32)
+        light = 1.0 + 0.08 * (jitter[3] * at[None, :] + jitter[4] * at[:, None])[..., None]
+        x1, y1 = max(0, left), max(0, top)
+        x2, y2 = min(size, left + alpha.shape[1]), min(size, top + alpha.shape[0])
+        window = np.s_[y1 - top : y2 - top, x1 - left : x2 - left]
+        below = picture[y1:y2, x1:x2]
+        below += alpha[window][..., None] * (tint * light[window] - below)
+    if scene.text:
+        dots, cell = bitmap(scene.text), scene.cell * size
+        ink = overlap(scene.text_y * size, cell, 7, size) @ dots
+        ink = np.clip(ink @ overlap(scene.text_x * size, cell, dots.shape[1], size).T, 0.0, 1.0)
+        tint = rng.uniform(15.0, 45.0) if pale else rng.uniform(225.0, 250.0)
+        colour = (tint + rng.uniform(-6.0, 6.0, 3)).astype(np.float32)
+        picture += ink.astype(np.float32)[..., None] * (colour - picture)
+    grain = rng.uniform(0.0, 2.5)
+    if grain > 0.8:
+        picture += np.float32(grain) * rng.standard_normal(picture.shape, np.float32)
+    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
