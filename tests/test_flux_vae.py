@@ -214,7 +214,7 @@ def test_bfloat16_stays_near_float32(small):
 
 
 def test_the_norm_keeps_its_precision_on_a_large_bright_image():
-    # 512² pixels far from zero: float32 sums in one go, or E[x²] - E[x]², would be visible here.
+    # Far from zero, where a variance taken as E[x²] - E[x]² in float32 would be off by 1e-3.
     config = FluxVAEConfig(ch=4, num_groups=2)
     x = 100.0 + randn(0, 1, 512, 512, 4)
     params = {"scale": jnp.ones(4), "bias": jnp.zeros(4)}
@@ -246,7 +246,7 @@ def test_tiled_equals_diffusers_tiled(tiny):
     ref, vae, variables = tiny
     assert FLUX_TILING == Tiling(1024, 1024, 768, 768)
     tiling = Tiling(32, 32, 24, 24)  # the reference's own proportions at its sample_size of 32
-    height, width = 56, 74  # the last row and column of tiles are cut
+    height, width = 56, 48  # the last row and column of tiles are cut
     x = np.random.default_rng(1).uniform(-1, 1, (1, height, width, 3)).astype(np.float32)
     z = 2.0 * randn(1, 1, height // 2, width // 2, 4)
     ref.enable_tiling()
