@@ -1,6 +1,7 @@
 """Key table of BAGEL-7B-MoT and RvR-7B-MoT (`ema.safetensors`, `rvr.safetensors`) -> `models.bagel.Bagel`."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -51,14 +52,33 @@ TABLE: Table = [
 ]
 
 
+_SIDES = {"latent_pos_embed.pos_embed": "max_latent_size", "vit_pos_embed.pos_embed": "vit_max_num_patch_per_side"}
+
+
+def grid_sides(shapes: Mapping[str, Sequence[int]], what: str = "state dict") -> dict[str, int]:
+    """What a file's position tables say of `BagelConfig.max_latent_size` and `vit_max_num_patch_per_side`.
+
+    shapes: key -> shape. The authors' programs set both by hand and never read `config.json`, so the file decides; a
+    field is absent where its table is. Raises RefineError for a table that is of no square grid.
+    """
+    sides = {}
+    for key, name in _SIDES.items():
+        if key not in shapes:
+            continue
+        cells = shapes[key][0]
+        sides[name] = math.isqrt(cells)
+        if sides[name] ** 2 != cells:
+            raise RefineError(f"{what}: {key} has {cells} rows, which is no square grid; use a released file")
+    return sides
+
+
 def position_tables(config: BagelConfig) -> dict[str, np.ndarray]:
     """The frozen sine-cosine tables that a released file holds beside the parameters, by their keys.
 
     [side², hidden] float32 each. `mapping.to_reference` does not produce them: they are in no tree. A file that the
     authors' programs are to load needs them.
     """
-    sides = {"latent": config.max_latent_size, "vit": config.vit_max_num_patch_per_side}
-    return {f"{grid}_pos_embed.pos_embed": _grid(side, config.hidden_size) for grid, side in sides.items()}
+    return {key: _grid(getattr(config, name), config.hidden_size) for key, name in _SIDES.items()}
 
 
 def _grid(side: int, features: int) -> np.ndarray:
@@ -73,15 +93,14 @@ def check_position_tables(tensors: Mapping[str, np.ndarray], config: BagelConfig
 
     A file without them is accepted, as the authors' training accepts it.
     """
-    fields = {"latent": "max_latent_size", "vit": "vit_max_num_patch_per_side"}
     for key, table in position_tables(config).items():
         if key not in tensors:
             continue
-        given, name = np.asarray(tensors[key]), fields[key.split("_")[0]]
+        given, name = np.asarray(tensors[key]), _SIDES[key]
         if given.shape != table.shape:
             raise RefineError(
                 f"{what}: {key} has shape {list(given.shape)}, {name} {getattr(config, name)} gives"
-                f" {list(table.shape)}; correct {name} in config.json"
+                f" {list(table.shape)}; correct {name} (see grid_sides)"
             )
         error = float(np.abs(given.astype(np.float32) - table).max())
         if not error <= _TABLE_TOLERANCE:
