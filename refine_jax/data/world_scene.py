@@ -1,27 +1,20 @@
-"""The small world: what a prompt may state, scenes that show it, and the renderer.
+"""The small world: scenes of shapes and letters on a background, their arrangement, and the renderer.
 
-A `Spec` is what a prompt states, a `Scene` is one arrangement of shapes (and letters) on a background, `render` draws
-it. Lengths and positions in a scene are fractions of the picture's side, x to the right, y down.
+Lengths and positions in a scene are fractions of the picture's side, x to the right, y down.
 """
 
-import functools
-import hashlib
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from refine_jax.data.world_spec import Rng, pick
 from refine_jax.errors import RefineError
 
-Rng = np.random.Generator
-
-DIMENSIONS = ("count", "colour", "shape", "size", "position", "text")
-SPLITS = ("train", "eval")
-# Hue in degrees, saturation, value of each colour as drawn.
-COLOURS = {
+# Hue in degrees, saturation, value of each of COLOURS as drawn.
+TINTS = {
     "red": (357.0, 0.84, 0.87),
     "orange": (27.0, 0.89, 0.95),
     "yellow": (51.0, 0.84, 0.95),
@@ -29,14 +22,9 @@ COLOURS = {
     "blue": (220.0, 0.80, 0.88),
     "purple": (279.0, 0.65, 0.75),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart")
-SIZES = {"small": (0.072, 0.082), "large": (0.125, 0.145)}  # the radius, as fractions of the side
-PLACES = ("left", "right", "top", "bottom", "centre", "top left", "top right", "bottom left", "bottom right")
-RELATIONS = {"left": "right", "right": "left", "above": "below", "below": "above"}  # and their opposites
-MOST = 4  # shapes in a scene, letters in a text
-_EVAL_SHARE = 0.1
-
-# Block letters, each in one piece; few of them, so that a tiny network can learn to draw them all.
+# Smallest and largest radius of each of SIZES.
+RADII = {"small": (0.072, 0.082), "large": (0.125, 0.145)}
+# Block letters, each in one piece.
 GLYPHS = {
     "A": (".###.", "#...#", "#...#", "#####", "#...#", "#...#", "#...#"),
     "C": (".####", "#....", "#....", "#....", "#....", "#....", ".####"),
@@ -49,111 +37,6 @@ GLYPHS = {
     "X": ("#...#", "#...#", ".#.#.", "..#..", ".#.#.", "#...#", "#...#"),
     "Z": ("#####", "....#", "...#.", "..#..", ".#...", "#....", "#####"),
 }
-
-
-class Part(NamedTuple):
-    """One thing that a prompt states. `subject`: "0" or "1" (a group), "0:1" (a relation of both) or "text"."""
-
-    dimension: str
-    subject: str
-    value: str | int
-
-
-@dataclass(frozen=True)
-class Group:
-    """What is stated about one group of shapes; None where nothing is stated."""
-
-    count: int | None = None
-    colour: str | None = None
-    shape: str | None = None
-    size: str | None = None
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a prompt states about a picture.
-
-    One group: all shapes of the picture, possibly at a `place`. Two groups: every shape belongs to one of them,
-    possibly with a `relation` of the first to the second ("left": the first is to the left of the second).
-    `text`: the letters written in it; `text_place`: "top" or "bottom". None where nothing is stated.
-    """
-
-    groups: tuple[Group, ...] = (Group(),)
-    place: str | None = None
-    relation: str | None = None
-    text: str | None = None
-    text_place: str | None = None
-
-    @functools.cached_property
-    def parts(self) -> tuple[Part, ...]:
-        """Everything stated, in the order of DIMENSIONS."""
-        parts = [
-            Part(name, str(k), getattr(group, name))
-            for name in DIMENSIONS[:4]
-            for k, group in enumerate(self.groups)
-            if getattr(group, name) is not None
-        ]
-        stated = (("0", self.place), ("0:1", self.relation), ("text", self.text_place))
-        parts += [Part("position", subject, value) for subject, value in stated if value is not None]
-        if self.text is not None:
-            parts.append(Part("text", "text", self.text))
-        return tuple(parts)
-
-    @functools.cached_property
-    def dimensions(self) -> tuple[str, ...]:
-        """The stated dimensions, in the order of DIMENSIONS."""
-        stated = {part.dimension for part in self.parts}
-        return tuple(name for name in DIMENSIONS if name in stated)
-
-    @functools.cached_property
-    def key(self) -> str:
-        """One text a meaning: "A left of B" and "B right of A" have the same."""
-        ordered = sorted(range(len(self.groups)), key=lambda k: str(self.groups[k]))
-        relation = RELATIONS[self.relation] if self.relation and ordered[0] else self.relation
-        return "|".join(
-            map(str, (*(self.groups[k] for k in ordered), self.place, relation, self.text, self.text_place))
-        )
-
-    @property
-    def split(self) -> str:
-        """The split to which everything that means this belongs, in both languages and any wording."""
-        # A hash of the meaning alone: a change of the drawing of specs moves none across the division.
-        share = int.from_bytes(hashlib.sha256(self.key.encode()).digest()[:4], "big") / 2**32
-        return "eval" if share < _EVAL_SHARE else "train"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Spec":
-        """The inverse of `to_dict`. Raises RefineError for an unknown field or value."""
-        try:
-            groups = tuple(Group(**group) for group in values.get("groups", ({},)))
-            spec = cls(**{**values, "groups": groups})
-        except TypeError as error:
-            raise RefineError(f"spec: {error}; use the fields that Spec.to_dict writes") from None
-        spec.validate()
-        return spec
-
-    def validate(self) -> None:
-        """Raises RefineError when a value is not of this world."""
-        allowed = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "count": range(1, MOST + 1)}
-        if len(self.groups) not in (1, 2):
-            raise RefineError(f"spec.groups: got {len(self.groups)}, expected one or two groups")
-        for name, known in allowed.items():
-            for group in self.groups:
-                _member(f"groups.{name}", getattr(group, name), known)
-        _member("place", self.place, PLACES if len(self.groups) == 1 else ())
-        _member("relation", self.relation, RELATIONS if len(self.groups) == 2 else ())
-        _member("text_place", self.text_place, ("top", "bottom"))
-        if self.text is not None and not (1 <= len(self.text) <= MOST and set(self.text) <= GLYPHS.keys()):
-            raise RefineError(f"spec.text: got {self.text!r}, expected 1 to {MOST} letters of {''.join(GLYPHS)}")
-
-
-def _member(name: str, value: Any, known) -> None:
-    if value is not None and value not in known:
-        raise RefineError(f"spec.{name}: got {value!r}, expected one of {', '.join(map(str, known)) or 'none here'}")
 
 
 @dataclass(frozen=True)
@@ -184,70 +67,6 @@ class Scene:
     text_y: float = 0.0
     cell: float = 0.0
     seed: int = 0
-
-
-# ---------------------------------------------------------------------------------------------- what may be stated
-
-
-def pick(rng: Rng, values):
-    """One of a sequence, all alike."""
-    return values[int(rng.random() * len(values))]
-
-
-def other(rng: Rng, values, *unwanted):
-    """One of a sequence that is none of `unwanted`."""
-    return pick(rng, [value for value in values if value not in unwanted])
-
-
-def draw_text(rng: Rng) -> str:
-    length = 1 + int(np.searchsorted((0.25, 0.55, 0.8), rng.random()))
-    return "".join(pick(rng, tuple(GLYPHS)) for _ in range(length))
-
-
-def draw_spec(rng: Rng) -> Spec:
-    """Something to state: 1 to 5 dimensions, about one group of shapes or two that differ in a stated attribute."""
-    wanted = 1 + int(np.searchsorted((0.08, 0.25, 0.55, 0.83), rng.random()))
-    double = wanted > 1 and rng.random() < 0.5
-    while True:
-        stated = {DIMENSIONS[k] for k in rng.permutation(6)[:wanted]}
-        # Shapes are what a picture is about: few prompts say nothing of them.
-        if (double or rng.random() < 0.7) and not stated & {"colour", "shape"}:
-            continue
-        if double and not ("count" in stated or rng.random() < 0.3):
-            continue
-        break
-    for _ in range(100):
-        counts = (1 + int(rng.random() * MOST),)
-        if double:
-            counts = pick(rng, ((1, 1), (1, 1), (1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2)))
-        groups = tuple(
-            Group(
-                count if "count" in stated else None,
-                pick(rng, tuple(COLOURS)) if "colour" in stated else None,
-                pick(rng, SHAPES) if "shape" in stated else None,
-                pick(rng, tuple(SIZES)) if "size" in stated else None,
-            )
-            for count in counts
-        )
-        # Groups told apart by their number alone could not be: "two shapes and one shape".
-        if not double or (groups[0].colour, groups[0].shape) != (groups[1].colour, groups[1].shape):
-            break
-    text = draw_text(rng) if "text" in stated else None
-    place = relation = text_place = None
-    if "position" in stated:
-        # Where there are letters, their place may be what is stated, or both.
-        kind = rng.random() if text else 0.0
-        if text and kind > 0.4:
-            text_place = pick(rng, ("top", "bottom"))
-        if kind < 0.7:
-            if double:
-                relation = pick(rng, tuple(RELATIONS))
-            else:
-                alone = groups[0].count == 1
-                place = pick(
-                    rng, PLACES if alone and not text else PLACES[:4] if not alone else PLACES[:4] + PLACES[5:]
-                )
-    return Spec(groups, place, relation, text, text_place)
 
 
 # ---------------------------------------------------------------------------------------------- where things are
@@ -289,7 +108,7 @@ def arrange(
     split = rng.uniform(0.35, 0.65)
     placed, boxes = [], np.zeros((len(items), 3))
     for k, item in enumerate(items):
-        radius, angle = rng.uniform(*SIZES[item.size]), rng.uniform(-0.12, 0.12)
+        radius, angle = rng.uniform(*RADII[item.size]), rng.uniform(-0.12, 0.12)
         reach = radius * _REACH[item.shape] + _MARGIN
         limits = _limits(place)
         if relation:
@@ -310,6 +129,22 @@ def arrange(
         boxes[k] = x, y, reach
         placed.append(Item(item.shape, item.colour, item.size, item.group, x, y, radius, angle))
     return Scene(tuple(placed), text, text_place, *corner, seed=int(rng.integers(2**31)))
+
+
+def fits(scene: Scene) -> bool:
+    """Nothing touches another thing or the border: what `arrange` promises, for a scene changed since."""
+    low, high = 0.0, 1.0
+    if scene.text:
+        end = scene.text_y + 7 * scene.cell
+        low, high = (end, 1.0) if scene.text_place == "top" else (0.0, scene.text_y)
+        if scene.text_x + (6 * len(scene.text) - 1) * scene.cell > 0.96:
+            return False
+    boxes = [(item.x, item.y, item.radius * _REACH[item.shape] + _MARGIN) for item in scene.items]
+    inside = all(r <= x <= 1.0 - r and low + r <= y <= high - r for x, y, r in boxes)
+    return inside and all(
+        max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= a[2] + b[2] + _GAP - 2 * _MARGIN
+        for a, b in itertools.combinations(boxes, 2)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the renderer
@@ -356,7 +191,7 @@ _DRAWN = {
 OUTLINES = {name: _centred(outline) for name, outline in _DRAWN.items()}
 _HOLE = _circle(0.52)
 _REACH = {name: 1.02 * float(np.abs(outline).max()) for name, outline in OUTLINES.items()}
-_FINE = 8  # subdivisions of a pixel per axis
+_FINE = 6  # subdivisions of a pixel per axis
 
 
 def cover(shape: str, x: float, y: float, radius: float, angle: float) -> tuple[np.ndarray, int, int]:
@@ -431,15 +266,15 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
     rng = np.random.Generator(np.random.PCG64(scene.seed))
     picture, pale = _background(rng, size)
     for item in scene.items:
-        hue, saturation, value = COLOURS[item.colour]
+        hue, saturation, value = TINTS[item.colour]
         jitter = rng.uniform(-1.0, 1.0, 5)
         tint = _rgb(
             hue + 4.0 * jitter[0], min(1.0, saturation + 0.08 * jitter[1]), min(1.0, value * (1 + 0.07 * jitter[2]))
         )
         alpha, left, top = cover(item.shape, item.x * size, item.y * size, item.radius * size, item.angle)
         # A little light from one side.
-        at = np.linspace(-1.0, 1.0, len(alpha), dtype=np.float32)
-        light = 1.0 + 0.08 * (jitter[3] * at[None, :] + jitter[4] * at[:, None])[..., None]
+        at = np.arange(len(alpha), dtype=np.float32) * (0.16 / len(alpha)) - 0.08
+        light = 1.0 + (float(jitter[3]) * at[None, :] + float(jitter[4]) * at[:, None])[..., None]
         x1, y1 = max(0, left), max(0, top)
         x2, y2 = min(size, left + alpha.shape[1]), min(size, top + alpha.shape[0])
         window = np.s_[y1 - top : y2 - top, x1 - left : x2 - left]
@@ -447,12 +282,15 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
         below += alpha[window][..., None] * (tint * light[window] - below)
     if scene.text:
         dots, cell = bitmap(scene.text), scene.cell * size
-        ink = overlap(scene.text_y * size, cell, 7, size) @ dots
-        ink = np.clip(ink @ overlap(scene.text_x * size, cell, dots.shape[1], size).T, 0.0, 1.0)
+        first, last = max(0, math.floor(scene.text_y * size)), math.ceil(scene.text_y * size + 7 * cell)
+        ink = overlap(scene.text_y * size - first, cell, 7, min(last, size) - first) @ dots
+        ink = (ink @ overlap(scene.text_x * size, cell, dots.shape[1], size).T).astype(np.float32)[..., None]
         tint = rng.uniform(15.0, 45.0) if pale else rng.uniform(225.0, 250.0)
         colour = (tint + rng.uniform(-6.0, 6.0, 3)).astype(np.float32)
-        picture += ink.astype(np.float32)[..., None] * (colour - picture)
+        lines = picture[first:last]
+        lines += ink * (colour - lines)
     grain = rng.uniform(0.0, 2.5)
     if grain > 0.8:
         picture += np.float32(grain) * rng.standard_normal(picture.shape, np.float32)
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    picture += 0.5
+    return np.clip(picture, 0.0, 255.5, out=picture).astype(np.uint8)
