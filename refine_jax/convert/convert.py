@@ -8,6 +8,7 @@ last step renames it.
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -116,6 +117,8 @@ def _convert(pipeline: diffusers_folder.Pipeline, leaves: Any, aside: Path, prog
 
     total = sum(piece.nbytes for n in parts for part in parts[n] for piece in part)
     hashes: dict[str, str] = {}
+    largest = max((piece.nbytes for n in parts for part in parts[n] for piece in part), default=0)
+    buffers = [np.empty(largest, np.uint8) for _ in range(3)]
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar,
         ThreadPoolExecutor(1) as pool,
@@ -124,16 +127,19 @@ def _convert(pipeline: diffusers_folder.Pipeline, leaves: Any, aside: Path, prog
             writer = writers[network]
             with closing(writer):
                 with closing(_Hasher(hashes, pipeline.folder)) as hasher:
+                    stream = _read([piece for part in found for piece in part], hasher, pool, buffers)
                     for number, part in enumerate(found):
+                        pieces = itertools.islice(stream, len(part))
                         if writer.is_done(number):
-                            for piece, _ in _read(part, hasher, pool):
+                            for piece, _ in pieces:
                                 bar.update(piece.nbytes)
                             continue
                         with writer.part(number) as out:
-                            for piece, values in _read(part, hasher, pool):
+                            for piece, values in pieces:
                                 if piece.path is not None:
                                     _put(out, piece, values, leaves[network][piece.path])
                                 bar.update(piece.nbytes)
+                    next(stream, None)  # its last word: everything is hashed
                 writer.finish(len(found))
 
     tokenizer = aside / "tokenizer"
@@ -226,26 +232,28 @@ class _Hasher:
         self._finish()
 
 
-def _read(part: list[_Piece], hasher: _Hasher, pool: ThreadPoolExecutor) -> Iterator[tuple[_Piece, np.ndarray]]:
-    """Each piece with its rows, while the next one is read and this one hashed.
+def _read(
+    pieces: list[_Piece], hasher: _Hasher, pool: ThreadPoolExecutor, buffers: list[np.ndarray]
+) -> Iterator[tuple[_Piece, np.ndarray]]:
+    """Each piece with its rows, while the next ones are read and this one is hashed.
 
-    The rows lie in one of three buffers and are overwritten by the third piece after them.
+    The rows lie in one of the buffers and hold until the next piece is asked for.
     """
-    buffers = [np.empty(max((piece.nbytes for piece in part), default=0), np.uint8) for _ in range(3)]
+    reading: list[Any] = []
     hashing: list[Any] = []
 
     def load(k: int) -> np.ndarray:
         if k >= len(buffers):
             hashing[k - len(buffers)].result()
-        piece = part[k]
-        return piece.tensor.read(piece.first, piece.last, buffers[k % len(buffers)])
+        piece = pieces[k]
+        return piece.tensor.read(piece.first, piece.last, buffers[k % len(buffers)], once=True)
 
-    ahead = pool.submit(load, 0) if part else None
-    for k, piece in enumerate(part):
-        values = ahead.result()
+    for k, piece in enumerate(pieces):
+        # The piece before this one is written, so its buffer is free.
+        while len(reading) < min(k + len(buffers), len(pieces)):
+            reading.append(pool.submit(load, len(reading)))
+        values = reading[k].result()
         hashing.append(hasher.submit(piece.tensor, values))
-        if k + 1 < len(part):
-            ahead = pool.submit(load, k + 1)
         yield piece, values
     for future in hashing:
         future.result()

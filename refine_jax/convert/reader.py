@@ -19,6 +19,7 @@ from refine_jax.errors import RefineError, listed
 
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _MAX_JSON = 16_000_000
+_STEP = 16 << 20  # bytes read at once
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(kind)
@@ -57,8 +58,13 @@ class Tensor:
         """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, first: int = 0, last: int | None = None, buffer: np.ndarray | None = None) -> np.ndarray:
-        """Rows `first` to `last` of axis 0 (default: all), of the stored dtype, in `buffer` [bytes] uint8 or fresh."""
+    def read(
+        self, first: int = 0, last: int | None = None, buffer: np.ndarray | None = None, once: bool = False
+    ) -> np.ndarray:
+        """Rows `first` to `last` of axis 0 (default: all), of the stored dtype, in `buffer` [bytes] uint8 or fresh.
+
+        once: nobody will read them again soon, so they need not stay in the system's cache of files.
+        """
         shape = self.shape
         skipped = 0
         if shape:
@@ -71,10 +77,13 @@ class Tensor:
             with open(self.file, "rb", buffering=0) as file:
                 file.seek(self.offset + skipped)
                 view, done = memoryview(data), 0
+                advise = getattr(os, "posix_fadvise", None) if once else None
                 while done < len(data):
-                    count = file.readinto(view[done:])
+                    count = file.readinto(view[done : done + _STEP])
                     if not count:
                         raise RefineError(f"{self.file}: ended inside {self.name}; copy or download the file again")
+                    if advise:  # pages that come free at once are the ones that the next bytes are read into
+                        advise(file.fileno(), self.offset + skipped + done, count, os.POSIX_FADV_DONTNEED)
                     done += count
         except OSError as error:
             raise RefineError(f"{self.file}: cannot be read ({error.strerror}); copy or download it again") from None

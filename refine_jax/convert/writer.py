@@ -24,6 +24,8 @@ from refine_jax.errors import RefineError
 _PENDING = 384 << 20  # bytes that may wait for the disk
 _CHUNK = 1 << 20  # bytes; a chunk is the least that a host reads
 _SPLITS = 16  # chunks along one axis
+_CUTTERS = 8  # threads that cut and transpose
+_RUN = 8  # chunks that one of them takes at a time
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, stacked: bool) -> tuple[int, ...]:
@@ -55,15 +57,15 @@ def copy_into(out: np.ndarray, source: np.ndarray) -> None:
             for j in range(0, source.shape[1], 64):
                 out[i : i + 64, j : j + 64] = source[i : i + 64, j : j + 64]
         return
-    # Four rows at a time as one row of 64-bit numbers: a quarter of the numbers to move.
+    # Four rows at a time as one row of 64-bit numbers: a quarter of the numbers to scatter.
     bits, wide = rows.view(np.uint16), out.view(np.uint16).view(np.uint64)
-    for i in range(0, bits.shape[0], 128):
-        for j in range(0, bits.shape[1], 256):
-            tile = bits[i : i + 128, j : j + 256]
-            packed = tile[0::4].astype(np.uint64)
-            for k in (1, 2, 3):
-                packed |= tile[k::4].astype(np.uint64) << np.uint64(16 * k)
-            wide[j : j + 256, i // 4 : i // 4 + packed.shape[0]] = packed.T
+    for i in range(0, bits.shape[0], 512):
+        for j in range(0, bits.shape[1], 128):
+            tile = bits[i : i + 512, j : j + 128]
+            four = np.empty((tile.shape[0] // 4, tile.shape[1], 4), np.uint16)
+            for k in range(4):
+                four[:, :, k] = tile[k::4]
+            wide[j : j + 128, i // 4 : i // 4 + four.shape[0]] = four.view(np.uint64)[:, :, 0].T
 
 
 class Writer:
@@ -77,6 +79,7 @@ class Writer:
         }
         self._context = ts.Context({"file_io_sync": False})
         self._disk = ThreadPoolExecutor(1)  # waits for the disk while the next part is made
+        self._cutters = ThreadPoolExecutor(min(_CUTTERS, os.cpu_count() or 1))
         self._syncing: Future | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -93,10 +96,10 @@ class Writer:
         aside.mkdir()
         writing = Part(self, aside)
         yield writing
-        writing.wait()
         self._settle()
 
         def settle() -> None:
+            writing.wait()
             sync(aside)
             os.replace(aside, final)
 
@@ -108,7 +111,8 @@ class Writer:
             syncing.result()
 
     def close(self) -> None:
-        """End the thread that waits for the disk; what it was given is done."""
+        """End the threads; what they were given is done."""
+        self._cutters.shutdown()
         self._disk.shutdown()
 
     def finish(self, parts: int) -> None:
@@ -217,13 +221,22 @@ class Part:
             self._described.add(path)
             store.write(f"{name}/.zarray".encode(), self._describe(path))
         first = [o // c for o, c in zip(origin, chunk)]
-        for place in np.ndindex(*[-(-n // c) for n, c in zip(values.shape, chunk)]):
-            piece = values[tuple(slice(k * c, (k + 1) * c) for k, c in zip(place, chunk))]
-            matrix = piece.reshape(piece.shape[-2:]) if piece.ndim > 1 and math.prod(piece.shape[:-2]) == 1 else piece
-            block = np.empty(matrix.shape, matrix.dtype)
-            copy_into(block, matrix)
-            key = ".".join(str(f + k) for f, k in zip(first, place))
-            store.write(f"{name}/{key}".encode(), block.tobytes())
+        places = list(np.ndindex(*[-(-n // c) for n, c in zip(values.shape, chunk)]))
+
+        def cut(places: list[tuple[int, ...]]) -> None:
+            block = np.empty(0, values.dtype)
+            for place in places:
+                piece = values[tuple(slice(k * c, (k + 1) * c) for k, c in zip(place, chunk))]
+                flat = piece.ndim > 1 and math.prod(piece.shape[:-2]) == 1
+                matrix = piece.reshape(piece.shape[-2:]) if flat else piece
+                if block.shape != matrix.shape:
+                    block = np.empty(matrix.shape, matrix.dtype)
+                copy_into(block, matrix)
+                key = ".".join(str(f + k) for f, k in zip(first, place))
+                store.write(f"{name}/{key}".encode(), block.tobytes())
+
+        for _ in self._writer._cutters.map(cut, [places[k : k + _RUN] for k in range(0, len(places), _RUN)]):
+            pass  # raises what a thread raised
         self._pending.append((transaction.commit_async(), values.nbytes))
         while sum(size for _, size in self._pending) > _PENDING:
             wait(self._pending.popleft()[0])
@@ -265,5 +278,7 @@ def sync(folder: Path, deep: bool = True) -> None:
             handle = os.open(os.path.join(base, name), os.O_RDONLY)
             try:
                 os.fsync(handle)
+                if name != "." and hasattr(os, "posix_fadvise"):  # what is on the disk need not fill the memory too
+                    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(handle)
