@@ -426,25 +426,13 @@ def training_losses(params, inputs, config: BagelConfig = CONFIG):
     return jnp.mean(mse) + 0.25 * jnp.mean(ce), (mse, ce)
 
 
-def unstack(params: dict) -> dict:
-    """A scanned tree as one of single layers."""
-    decoder = dict(params["decoder"])
-    layers = decoder.pop("layers")
-    for i in range(CONFIG.num_hidden_layers):
-        decoder[f"layers_{i}"] = jax.tree.map(lambda leaf: leaf[i], layers)  # noqa: B023
-    return params | {"decoder": decoder}
-
-
-@functools.cache
-def training_gradient(config: BagelConfig = CONFIG):
-    inputs = packed_inputs()
-    losses = lambda params: training_losses(params, inputs, config)
-    return jax.jit(jax.value_and_grad(losses, has_aux=True))(variables()["params"])
-
-
-def test_training_losses_and_gradients():
+@pytest.mark.parametrize("remat", [None, "attention"])
+def test_training_losses_and_gradients(remat):
     """An RvR pair, text to image, understanding and an edit in one packed sequence."""
-    (_, (mse, ce)), gradient = training_gradient()
+    inputs = packed_inputs()
+    config = dataclasses.replace(CONFIG, remat=remat, vit=dataclasses.replace(CONFIG.vit, remat=remat and "full"))
+    losses = lambda params: training_losses(params, inputs, config)
+    (_, (mse, ce)), gradient = jax.jit(jax.value_and_grad(losses, has_aux=True))(variables()["params"])
     assert relative(mse, golden()["mse"]) <= 1e-4 and relative(ce, golden()["ce"]) <= 1e-4
     ours = to_reference(gradient, keys_bagel.TABLE)
     stored = np.zeros((golden()["gradients"].shape[1], 4), np.uint8)
@@ -659,6 +647,25 @@ def test_padding_and_neighbours_do_not_matter():
     assert relative(alone[1], packed[1][12:18]) <= 1e-5
 
 
+def test_uniform_where_padding_stands_first_or_last():
+    """A mask by key in place of one by query: rows of a target with padding before, within and behind it."""
+    before = segment(4, count=[4, 2, 3], segment=0, position=0, causal=True)
+    own = segment(5, count=5, segment=[1, 1, 1], position=4, noisy=True)
+    exists = np.array([[0, 1, 1, 1, 1], [1, 1, 0, 1, 1], [1, 1, 1, 0, 0]], bool)
+    own = own.replace(sample=jnp.where(exists, own.sample, -1))
+    part = lambda *columns: jax.tree.map(lambda leaf: leaf[:, slice(*columns)], own)
+    tokens = noise("uniform", 3, 9, 24)
+
+    def run(module):
+        _, _, cache = module.decode(tokens[:, :4], before, keep=True)
+        arguments = tokens[:, 4:6], part(0, 2), tokens[:, 6:], part(2, 5), cache
+        return [jnp.concatenate(module.decode(*arguments, uniform=flag)[:2], axis=1) for flag in (True, False)]
+
+    model = Bagel(CONFIG)
+    uniform, general = jax.jit(lambda v: model.apply(v, method=run))(variables())
+    assert relative(np.asarray(uniform)[exists], np.asarray(general)[exists]) <= 1e-6
+
+
 def test_noisy_tokens_in_a_cache_are_never_seen():
     """A target that was kept by mistake changes nothing for what is read after it."""
     text = segment(3, count=3, segment=0, position=0, causal=True)
@@ -669,23 +676,25 @@ def test_noisy_tokens_in_a_cache_are_never_seen():
     def run(module):
         _, _, first = module.decode(tokens[:, :3], text, keep=True)
         _, _, cache = module.decode(None, None, tokens[:, 3:5], noisy, first, keep=True)
+        # Not even by a later try of the same segment.
         assert cache.segments.sample.shape == (1, 5)
-        return [module.decode(tokens[:, 5:], after, cache=c)[0] for c in (cache, first)]
+        tries = [module.decode(None, None, tokens[:, 5:7], noisy, c)[1] for c in (cache, first)]
+        return *tries, *(module.decode(tokens[:, 5:], after, cache=c)[0] for c in (cache, first))
 
     model = Bagel(CONFIG)
-    with_it, without = jax.jit(lambda v: model.apply(v, method=run))(variables())
-    assert relative(with_it, without) <= 1e-6
+    tried, anew, with_it, without = jax.jit(lambda v: model.apply(v, method=run))(variables())
+    assert relative(tried, anew) <= 1e-6 and relative(with_it, without) <= 1e-6
     with pytest.raises(ValueError, match="no token"):
         model.apply(variables(), None, None, method=Bagel.decode)
 
 
-def test_gradients_do_not_depend_on_remat():
-    _, expected = training_gradient()
-    config = dataclasses.replace(CONFIG, remat="attention", vit=dataclasses.replace(CONFIG.vit, remat="full"))
-    _, got = training_gradient(config)
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected)):
-        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) + 1e-7, path
+def unstack(params: dict) -> dict:
+    """A scanned tree as one of single layers."""
+    decoder = dict(params["decoder"])
+    layers = decoder.pop("layers")
+    for i in range(CONFIG.num_hidden_layers):
+        decoder[f"layers_{i}"] = jax.tree.map(lambda leaf: leaf[i], layers)  # noqa: B023
+    return params | {"decoder": decoder}
 
 
 def test_layers_one_by_one_are_the_scan():
