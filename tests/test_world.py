@@ -72,6 +72,17 @@ def test_a_picture_is_read_as_its_scene_is(seed):
                     assert world.judge(seen, spec).wrong == exact[0]
 
 
+@quick
+@given(SEEDS)
+def test_letters_are_read_wherever_they_lie_between_pixels(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(12):
+        text = "".join(rng.choice(list(world.LETTERS), rng.integers(1, 5)))
+        x, y, cell = rng.uniform(0.04, 0.06), rng.uniform(0.04, 0.7), rng.uniform(0.033, 0.0385)
+        scene = Scene((), text, "top", x, y, cell, seed=int(rng.integers(2**31)))
+        assert world.read(world.render(scene)).text == text
+
+
 TWO = Spec((Group(1, "red", "circle"), Group(1, "blue", "square")), relation="left")
 RIGHT = Scene((item(x=0.25), item("square", "blue", x=0.75)), seed=5)
 

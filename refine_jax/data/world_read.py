@@ -282,7 +282,7 @@ def _read_text(light: np.ndarray, ground: float, neutral: np.ndarray) -> tuple[s
         return "", None
     full = float(strongest[int(0.8 * len(strongest))])
     ink = np.clip(contrast / full, 0.0, 1.0)
-    labels, number = _pieces(ink > 0.5)
+    labels, number = _pieces(ink > 0.42)
     boxes = []
     for label in range(1, number + 1):
         ys, xs = np.nonzero(labels == label)
@@ -331,8 +331,8 @@ def _read_line(ink: np.ndarray, labels: np.ndarray, line: list, y1: int, y2: int
     cell = (y2 - y1) / 7
     spans: list[list[int]] = []
     for x1, _, x2, _, _ in sorted(line):
-        # Pieces of one letter lie over each other or closer than two letters do.
-        if spans and (x1 < spans[-1][1] or x2 - spans[-1][0] <= 5.4 * cell):
+        # Pieces of one letter lie over each other or within its 5 cells; with the next letter it would be 7 at least.
+        if spans and (x1 < spans[-1][1] or x2 - spans[-1][0] <= 6.2 * cell):
             spans[-1][1] = max(x2, spans[-1][1])
         else:
             spans.append([x1, x2])

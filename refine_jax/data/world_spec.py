@@ -82,11 +82,9 @@ class Spec:
     @functools.cached_property
     def key(self) -> str:
         """One text a meaning: "A left of B" and "B right of A" have the same."""
-        ordered = sorted(range(len(self.groups)), key=lambda k: str(self.groups[k]))
-        relation = RELATIONS[self.relation] if self.relation and ordered[0] else self.relation
-        return "|".join(
-            map(str, (*(self.groups[k] for k in ordered), self.place, relation, self.text, self.text_place))
-        )
+        groups = [f"{group.count} {group.size} {group.colour} {group.shape}" for group in self.groups]
+        relation = RELATIONS[self.relation] if self.relation and groups[0] > groups[-1] else self.relation
+        return f"{' & '.join(sorted(groups))} | {self.place} | {relation} | {self.text} | {self.text_place}"
 
     @property
     def split(self) -> str:
