@@ -168,6 +168,42 @@ def true_cfg(positive: Array, negative: Array, scale: Array | float) -> jax.Arra
     return (combined * ratio).astype(positive.dtype)
 
 
+RENORMS = ("text_channel", "channel", "global")
+
+
+def dual_cfg(
+    velocity: Array,
+    text_dropped: Array | None,
+    image_dropped: Array | None,
+    text_scale: Array | float,
+    image_scale: Array | float,
+    renorm: str = "text_channel",
+    renorm_min: float = 0.0,
+) -> jax.Array:
+    """RvR's guidance by two contexts, one without the prompt and one without the image: `[B, N, C]`, in float32.
+
+    v_text = u_t + s_t·(v - u_t), then u_i + s_i·(v_text - u_i), brought back to the length of v by a factor in
+    [renorm_min, 1]: "text_channel" scales v_text token by token, before the image's guidance; "channel" the result
+    token by token; "global" the result as a whole, an item of the batch at a time. A context that is None is left out;
+    scales: scalar or `[B]`. As `Bagel._forward_flow`; there, "global" is defined for one item alone.
+    """
+    if renorm not in RENORMS:
+        raise RefineError(f"renorm {renorm!r}: give one of {', '.join(RENORMS)}")
+    v = velocity.astype(jnp.float32)
+    if text_dropped is None:  # as the reference: the image alone does not guide
+        return v
+    axes = (-2, -1) if renorm == "global" else (-1,)
+    norm = lambda x: jnp.sqrt(jnp.sum(x * x, axis=axes, keepdims=True))
+    shorten = lambda x: x * jnp.clip(norm(v) / (norm(x) + 1e-8), renorm_min, 1.0)
+    blend = lambda base, x, scale: base + _per_item(scale, v) * (x - base)
+    guided = blend(text_dropped.astype(jnp.float32), v, text_scale)
+    if renorm == "text_channel":
+        guided = shorten(guided)
+    if image_dropped is not None:
+        guided = blend(image_dropped.astype(jnp.float32), guided, image_scale)
+    return guided if renorm == "text_channel" else shorten(guided)
+
+
 # ------------------------------------------------------------------------------------------------------- latent tokens
 
 
