@@ -1,0 +1,175 @@
+"""Regeneration with BAGEL: the whole sampler against the authors' numbers, and what it promises of itself."""
+
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_bagel as reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refine_jax import bagel, flow
+from refine_jax.bagel import BagelModel, Guidance, LatentImage, Marks, Prompt
+from refine_jax.convert import keys_flux_vae
+from refine_jax.convert.mapping import reference_shapes, to_tree
+from refine_jax.errors import RefineError
+from refine_jax.models.bagel import patchify
+from refine_jax.models.flux_vae import FluxVAEConfig
+
+# tests/data/rvr_sampler.npz holds what inferencer.py and modeling/ of github.com/LeapLabTHU/RvR painted on a CPU
+# (changed as test_bagel.py says, with Pillow in place of torchvision's resize) with the decoder of test_bagel.py, the
+# autoencoder VAE below and `weight` as its weights: packed latents "x NAME" and pictures "picture NAME" of CASES.
+VAE = FluxVAEConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4)
+MODEL = BagelModel(bagel=reference.CONFIG, vae=VAE, vae_sides=(80, 32), vit_sides=(24, 8))
+MARKS = Marks(reference.BOS, reference.EOS, reference.START, reference.END)
+CASES = {
+    # the released settings
+    "rvr": dict(image=(60, 90), steps=50, image_cfg=2.0, renorm="text_channel", interval=(0.0, 1.0)),
+    # the ablation: the image's latents too
+    "rvr_vae": dict(image=(70, 40), steps=8, image_cfg=2.0, renorm="channel", interval=(0.0, 1.0), vae=True),
+    "global": dict(image=(64, 64), steps=8, image_cfg=1.5, renorm="global", interval=(0.0, 1.0)),
+    # text to image, as released
+    "generate": dict(image=None, size=(48, 64), steps=50, image_cfg=1.0, renorm="global", interval=(0.4, 1.0)),
+}
+TEXT = "Here is the user's prompt: two red cups. "
+
+
+def vae_weight(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """A value for a tensor of the reference's autoencoder; activations stay of order one."""
+    value = reference.noise("vae " + key, *shape)
+    if key.endswith("bias"):
+        return 0.2 * value
+    return 1 + 0.3 * value if len(shape) == 1 else value / np.float32(np.sqrt(np.prod(shape[1:])))
+
+
+def photo(name: str, size: tuple[int, int]) -> np.ndarray:
+    """A picture of (height, width) with something of every scale in it."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    coarse = rng.integers(0, 256, (size[0] // 8 + 1, size[1] // 8 + 1, 3)).repeat(8, 0).repeat(8, 1)
+    return np.clip(coarse[: size[0], : size[1]] + rng.integers(-40, 40, (*size, 3)), 0, 255).astype(np.uint8)
+
+
+@functools.cache
+def weights() -> dict:
+    vae = MODEL.abstract(("vae",))["vae"]
+    table = keys_flux_vae.FLUX_VAE_TABLE
+    tensors = {key: vae_weight(key, shape) for key, shape in reference_shapes(table, vae).items()}
+    return {"bagel": reference.variables()["params"], "vae": to_tree(tensors, table, vae)}
+
+
+def words(*texts: str) -> Prompt:
+    rows = [[reference.BOS, *reference.encode(text), reference.EOS] for text in texts]
+    longest = max(map(len, rows))
+    ids = np.array([row + [0] * (longest - len(row)) for row in rows], np.int32)
+    return Prompt(ids, np.array(list(map(len, rows)), np.int32))
+
+
+def sample(name: str, case: dict, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(packed latents, pictures) of one case through the public parts."""
+    size = case.get("size") or MODEL.painted_size(case["image"])
+    grid = MODEL.grid(size)
+    guided = case["image_cfg"] > 1 and case["image"] is not None
+
+    @jax.jit
+    def run(variables: dict, picture: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        system = pixels = latents = None
+        if case["image"] is not None:
+            system = words(MODEL.system)
+            shown = bagel.painted(picture, None, size)
+            pixels = bagel.painted(shown, None, MODEL.seen_size(size))[None]
+        if case.get("vae"):
+            clean = jnp.asarray(reference.latent("sampler " + name, *grid)).transpose(1, 2, 0)[None]
+            latents = LatentImage(patchify(clean, MODEL.bagel), grid)
+        context = bagel.read_prefix(
+            MODEL,
+            variables,
+            {},
+            MARKS,
+            system,
+            pixels,
+            words(TEXT),
+            drop_text=True,
+            drop_image=guided,
+            latents=latents,
+        )
+        guidance = Guidance(
+            bagel.time_grid(case["steps"], 3.0),
+            4.0,
+            case["image_cfg"] if guided else None,
+            case["renorm"],
+            0.0,
+            case["interval"],
+        )
+        x = bagel.paint(MODEL, variables, {}, MARKS, context, noise, grid, guidance)
+        return x, bagel.decode_latents(MODEL, variables, x, size)
+
+    picture = photo(name, case["image"]) if case["image"] else np.zeros((1, 1, 3), np.uint8)
+    x, pictures = run(weights(), picture, noise[None])
+    return np.asarray(x[0]), np.asarray(pictures[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_sampler_paints_what_the_authors_paint(name):
+    case = CASES[name]
+    with np.load(reference.DATA / "rvr_sampler.npz") as stored:
+        latents, picture = stored[f"x {name}"], stored[f"picture {name}"]
+    noise = reference.noise("sampler " + name, *latents.shape)
+    x, ours = sample(name, case, noise)
+    assert np.linalg.norm(x - latents) <= 1e-4 * np.linalg.norm(latents)
+    assert ours.shape == picture.shape
+    assert np.abs(ours.astype(int) - picture).max() <= 1
+
+
+@given(
+    size=st.tuples(st.integers(1, 4000), st.integers(1, 4000)),
+    sides=st.sampled_from([((1024, 512), 16), ((980, 224), 14), ((80, 32), 16)]),
+)
+@settings(deadline=None, max_examples=200)
+def test_sizes_are_within_the_sides(size, sides):
+    (longest, shortest), stride = sides
+    fitted = bagel.fitted_size(size, (longest, shortest), stride)
+    assert all(side % stride == 0 and side >= stride for side in fitted)
+    assert max(fitted) <= longest
+    if max(size) * shortest <= longest * min(size):  # both can be had
+        assert min(fitted) >= shortest - stride
+    assert (size[0] >= size[1]) == (fitted[0] >= fitted[1]) or abs(fitted[0] - fitted[1]) <= stride
+
+
+def test_a_time_grid_and_its_guided_spans():
+    times = bagel.time_grid(50, 3.0)
+    assert times[0] == 1 and times[-1] == 0 and (np.diff(times) < 0).all()
+    spans = bagel.guided_spans(times, (0.4, 1.0))
+    assert [s[0] for s in spans] == [True, False]
+    assert spans[0][1] == 0 and spans[0][2] == spans[1][1] and spans[1][2] == 49
+    assert times[spans[0][2] - 1] > 0.4 >= times[spans[0][2]]
+    assert bagel.guided_spans(times, (0.0, 1.0)) == [(True, 0, 49)]
+    assert [s[0] for s in bagel.guided_spans(times, (0.3, 0.6))] == [False, True, False]
+    with pytest.raises(RefineError, match="steps 1"):
+        bagel.time_grid(1, 3.0)
+
+
+@pytest.mark.parametrize("renorm", flow.RENORMS)
+def test_guidance_depends_on_its_own_row_alone(renorm):
+    v, t, i = (jnp.asarray(reference.noise(k, 3, 5, 4)) for k in "vti")
+    scale = jnp.array([4.0, 1.5, 6.0])
+    whole = flow.dual_cfg(v, t, i, scale, 2.0, renorm)
+    for k in range(3):
+        alone = flow.dual_cfg(v[k : k + 1], t[k : k + 1], i[k : k + 1], scale[k], 2.0, renorm)
+        np.testing.assert_allclose(whole[k], alone[0], rtol=1e-5, atol=1e-6)
+    if renorm != "text_channel":  # never longer than the unguided velocity
+        axes = (1, 2) if renorm == "global" else 2
+        norm = lambda x: np.linalg.norm(np.asarray(x), axis=axes)
+        assert (norm(whole) <= norm(v) * (1 + 1e-5)).all()
+    with pytest.raises(RefineError, match="renorm 'local'"):
+        flow.dual_cfg(v, t, i, 4.0, 2.0, "local")
+
+
+def test_the_manifest_goes_both_ways():
+    assert BagelModel.from_manifest(MODEL.to_manifest()) == MODEL
+    with pytest.raises(RefineError, match="holds no vae"):
+        BagelModel.from_manifest({k: v for k, v in MODEL.to_manifest().items() if k != "vae"})
+    with pytest.raises(RefineError, match="unknown field 'colour'"):
+        BagelModel.from_manifest({**MODEL.to_manifest(), "colour": 1})
