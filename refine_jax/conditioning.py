@@ -3,6 +3,9 @@
 "refine" (RefineAnything): the images X = [focus crop, reference, mask crop] go to the encoder and, through the VAE,
 into the image stream after the noisy target: [z_t, z_I, z_ref, z_M]. A slot whose image is absent (no reference) is
 masked out and leaves no trace: rotary frames and the text's start count only images that are present.
+
+"rvr" (Refinement via Regeneration): the image to regenerate goes to the encoder alone; the image stream holds the
+target and nothing else: [z_t]. What the encoder does not see cannot be kept.
 """
 
 from collections.abc import Sequence
@@ -17,6 +20,25 @@ from refine_jax.focus import resample
 from refine_jax.models.mmdit import image_positions, text_start
 
 Array = jax.Array | np.ndarray
+
+
+class Pictures(NamedTuple):
+    """The pictures of one kind of conditioning, by their names in a batch and in the order of the prompt.
+
+    read: by the encoder; seen: by the VAE, their latents follow the target in the image stream.
+    """
+
+    read: tuple[str, ...]
+    seen: tuple[str, ...]
+
+
+_REFINE = ("image", "reference", "mask")
+CONDITIONINGS: dict[str, Pictures] = {
+    "refine": Pictures(read=_REFINE, seen=_REFINE),
+    "rvr": Pictures(read=("image",), seen=()),
+    # The ablation of RvR's paper: the image's latents too.
+    "rvr_vae": Pictures(read=("image",), seen=("image",)),
+}
 
 
 def view(image: Array, box: Array | None, sizes: Sequence[tuple[int, int]]) -> jax.Array:
@@ -54,17 +76,18 @@ class ImageTokens(NamedTuple):
 
 
 def image_tokens(
-    target_grid: tuple[int, int], latents: Sequence[Array], present: Sequence[Array | None], patch: int = 2
+    target: tuple[int, int, int, int], latents: Sequence[Array], present: Sequence[Array | None], patch: int = 2
 ) -> ImageTokens:
-    """Packs the latents of the condition images and places them for the rotary embedding.
+    """Packs the latents of the condition images, none or several, and places them for the rotary embedding.
 
-    target_grid: latent (h, w) of the target; latents[k] `[B, h_k, w_k, C]`; present[k] `[B] bool`, None = always. Image
-    k stands in frame 1 + the number of present images before it, its rows and columns centred on 0 (`scale_rope`); the
-    text starts at the largest half-side, in tokens, of what is present (`QwenEmbedRope`).
+    target: the shape (B, h, w, C) of the target's latents; latents[k] `[B, h_k, w_k, C]`; present[k] `[B] bool`, None =
+    always. Image k stands in frame 1 + the number of present images before it, its rows and columns centred on 0
+    (`scale_rope`); the text starts at the largest half-side, in tokens, of what is present (`QwenEmbedRope`).
     """
-    batch = latents[0].shape[0]
-    grid = (target_grid[0] // patch, target_grid[1] // patch)
-    tokens, masks = [], [jnp.ones((batch, grid[0] * grid[1]), bool)]
+    batch, height, width, channels = target
+    grid = (height // patch, width // patch)
+    tokens = [jnp.zeros((batch, 0, channels * patch**2), jnp.float32)]
+    masks = [jnp.ones((batch, grid[0] * grid[1]), bool)]
     frame = jnp.zeros(batch, jnp.int32)
     positions = [_placed(grid, frame)]
     frame, start = frame + 1, jnp.full(batch, text_start([grid]), jnp.int32)

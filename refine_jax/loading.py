@@ -1,6 +1,7 @@
 """One door to weights: "tiny", a model folder, a pipeline folder of diffusers, or a name on the model hub."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,9 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "weights/**", "toke
 _DTYPES = ("float32", "bfloat16")
 # Files distilled to few steps say so in their names: "Qwen-Image-Edit-2511-Lightning-8steps-V1.0-bf16.safetensors".
 _LIGHTNING = re.compile(r"lightning.*?(\d+)[\s_-]*steps?", re.IGNORECASE)
+
+# In the header of an adapter's file: what it was trained to be shown.
+_SHOWN = "refine_jax_conditioning"
 
 LoraLike = str | os.PathLike | tuple[str | os.PathLike, float]
 
@@ -51,8 +55,13 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     rules: parallel.Rules = parallel.DEFAULT_RULES,
     progress: bool = False,
+    wanted: tuple[str, ...] = (),
 ) -> Loaded:
-    """Load a model; the arguments are those of `Refiner.load`."""
+    """Load a model; the arguments are those of `Refiner.load`.
+
+    wanted: (who asks, and the kinds of conditioning that will do), as `ModelConfig.require` takes them; checked before
+    any weight is read.
+    """
     if dtype not in _DTYPES:
         raise RefineError(f"dtype {dtype!r}: give 'float32' or 'bfloat16'")
     if scheduler not in (None, "released", "checkpoint"):
@@ -69,7 +78,10 @@ def load(
     extra: dict[str, Any] = {}
     if given:  # read before the weights: a bad file costs no time
         read = [lora.read_adapter(path, abstract) for path, _ in given]
+        config = _shown(config, read)
         extra = lora.combine(read, [weight for _, weight in given])
+    if wanted:
+        config.require(*wanted)
     variables = source.parameters(abstract, parallel.param_shardings(boxed, mesh, rules), dtype, progress)
     if extra and merge:
         return Loaded(config, lora.merge(variables, extra, consume=True), {}, tokenizer)
@@ -170,6 +182,38 @@ def _adapters(given: LoraLike | Sequence[LoraLike]) -> list[tuple[Path, float]]:
             raise RefineError(f"lora {str(path)!r}: weight {weight!r}, give a finite number")
         found.append((Path(path), float(weight)))
     return found
+
+
+def adapter_metadata(config: ModelConfig) -> dict[str, str]:
+    """What an adapter's file says of the conditioning that it was trained with; `load` acts on it."""
+    said = {"conditioning": config.conditioning, "prompt": dataclasses.asdict(config.prompt)}
+    return {_SHOWN: json.dumps(said)}
+
+
+def _shown(config: ModelConfig, adapters: Sequence[lora.Adapter]) -> ModelConfig:
+    """The model with the conditioning of its adapters. Raises `RefineError` where they contradict each other."""
+    found: dict[str, tuple[str, prompts.PromptTemplate]] = {}
+    for adapter in adapters:
+        if _SHOWN not in adapter.metadata:
+            continue  # of another program
+        try:
+            said = json.loads(adapter.metadata[_SHOWN])
+            found[adapter.source] = said["conditioning"], prompts.PromptTemplate(**said["prompt"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise RefineError(
+                f"{adapter.source}: {_SHOWN} in its header is damaged ({reason}); copy it again"
+            ) from None
+    kinds = {kind for kind, _ in found.values()} | ({config.conditioning} - {"refine"})
+    if len(kinds) > 1 or len(set(found.values())) > 1:
+        names = ", ".join(f"{Path(source).name} with {kind!r}" for source, (kind, _) in found.items())
+        raise RefineError(
+            f"lora: the model's conditioning is {config.conditioning!r}, adapters were trained {names}, each with its"
+            " prompt; give those of one kind"
+        )
+    for kind, prompt in found.values():  # the base of what regenerates may have been made to refine
+        config = dataclasses.replace(config, conditioning=kind, prompt=prompt)
+    return config
 
 
 def _sampling(config: ModelConfig, released: bool, adapters: Sequence[Path]) -> ModelConfig:

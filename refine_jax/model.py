@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax.linen import meta
 
 from refine_jax import conditioning, prompts
+from refine_jax.conditioning import CONDITIONINGS, Pictures
 from refine_jax.errors import RefineError
 from refine_jax.flow import SchedulerConfig
 from refine_jax.focus import FOCUS_MARGIN, bucket_size
@@ -39,7 +40,8 @@ class ModelConfig:
 
     vae_area, condition_area: pixels at which the VAE and the encoder look at an image; multiple: what the sides of
     those sizes are multiples of. margin: of the focus crop, in pixels of a picture scaled to `focus.FOCUS_AREA`. steps,
-    true_cfg_scale, negative_prompt: the sampler's defaults.
+    true_cfg_scale, negative_prompt: the sampler's defaults. conditioning: what the backbone is shown, a name of
+    `conditioning.CONDITIONINGS`: "refine" (a region of a picture) or "rvr" (a picture, regenerated whole).
     """
 
     mmdit: MMDiTConfig = MMDiTConfig(zero_cond_t=True)
@@ -54,8 +56,11 @@ class ModelConfig:
     steps: int = 40
     true_cfg_scale: float = 4.0
     negative_prompt: str = " "
+    conditioning: str = "refine"
 
     def __post_init__(self) -> None:
+        if self.conditioning not in CONDITIONINGS:
+            raise RefineError(f"conditioning {self.conditioning!r}: choose one of {', '.join(CONDITIONINGS)}")
         if self.mmdit.in_channels != self.vae.z_dim * self.mmdit.patch_size**2:
             raise RefineError(
                 f"model: mmdit.in_channels {self.mmdit.in_channels} is not vae.z_dim {self.vae.z_dim} x patch_size²"
@@ -107,6 +112,22 @@ class ModelConfig:
     def to_manifest(self) -> dict[str, Any]:
         """The inverse of `from_manifest`: plain JSON values."""
         return dataclasses.asdict(self)
+
+    # -------------------------------------------------------------------------------------------------- conditioning
+
+    @property
+    def pictures(self) -> Pictures:
+        """Which pictures the encoder reads, and which the VAE sees."""
+        return CONDITIONINGS[self.conditioning]
+
+    def require(self, purpose: str, *kinds: str) -> None:
+        """Raises `RefineError` unless `conditioning` is one of `kinds`. purpose: who asks, for the message."""
+        if self.conditioning not in kinds:
+            other = "regenerate pictures" if self.conditioning != "refine" else "refine regions"
+            raise RefineError(
+                f"{purpose}: this model has conditioning {self.conditioning!r} (it was made to {other}), "
+                f"{' or '.join(map(repr, kinds))} is wanted; load another model"
+            )
 
     # --------------------------------------------------------------------------------------------------------- sizes
 

@@ -1,4 +1,4 @@
-"""What can be trained: the VAE, and the refinement flow with its boundary-weighted loss, whole or as a LoRA.
+"""What can be trained: the VAE, and the flow that refines or regenerates, whole or as a LoRA.
 
 An objective is a value that the trainer (`refine_jax.train`) drives; `make` builds the one that a configuration names.
 """
@@ -27,6 +27,8 @@ from refine_jax.models.qwen_vae import QwenVAE, VAEConfig
 from refine_jax.refine import Refiner
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# Of what has no mask.
+_NO_BOUNDARY = ml_collections.FrozenConfigDict(dict(r_out=0, r_in=0, alpha=0.0))
 # Seed of the pictures that a run shows; the held-out list has others.
 _SAMPLES = 20_000
 
@@ -136,9 +138,13 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
 
 
 def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | None = None) -> Objective:
-    """RefineAnything's objective: rectified flow, its velocity error weighted up at the mask's border.
+    """Both papers' objective: rectified flow; for RefineAnything its error is weighted up at the mask's border.
 
     x_σ = (1−σ)·z0 + σ·ε, v = ε − z0, L = mean over locations of ‖v̂ − v‖²·(1 + α·B_c) / channels (`losses`).
+
+    What the backbone is shown is `config.conditioning`, with `config.prompt`, a name of `prompts.TEMPLATES` (default:
+    both the model's own): "refine", or "rvr", where pairs are (misaligned picture, aligned picture, prompt), whole, and
+    a mask and `config.boundary` have no part.
 
     Starts from a model (`config.init_from`, whatever `Refiner.load` takes), or from scratch: then `config.model` is the
     architecture, and what is frozen comes from the model folder `config.vae_from`. Trained are a LoRA of the MMDiT
@@ -147,7 +153,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     `config.dtype`, trained ones float32.
     """
     adapter, data = config.get("lora"), config.data
-    kinds = ("synth", "records", "cache")
+    kinds = ("synth", "records", "cache", "world")
     if data.source not in kinds:
         raise RefineError(f"data.source {data.source!r}: choose one of {', '.join(kinds)}")
     cached = data.source == "cache"
@@ -157,6 +163,10 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     needed = ("mmdit",) if cached else ("mmdit", "vae", "vl")
     frozen = tuple(name for name in needed if name not in trained)
     source, model = _start(config, trained, model)
+    masked = "mask" in model.pictures.read
+    if data.source not in (("synth", "records", "cache") if masked else ("world", "records")):
+        raise RefineError(f"data.source {data.source!r}: has no pairs for conditioning {model.conditioning!r}")
+    boundary = config.boundary if masked else _NO_BOUNDARY
     boxed = model.boxed(frozen)
 
     def load(shardings: Any) -> Any:
@@ -192,6 +202,10 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         common = dict(seed=config.seed, batch_size=config.batch_size, buckets=buckets, **hosts)
         if data.source == "synth":
             pairs = loader.refine_batches(split="train", weights=tuple(data.weights), **common)
+        elif data.source == "world":
+            pairs = loader.world_batches(split="train", weights=tuple(data.weights), **common)
+        elif not masked:
+            pairs = loader.whole_batches(Dataset(data.path), max_corrupt=data.get("max_corrupt", 0.01), **common)
         else:
             pairs = loader.record_batches(
                 Dataset(data.path),
@@ -227,28 +241,23 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
                 )
                 for grid in grids
             ]
-        return [
-            dict(
-                image=shape(jnp.uint8, *bucket, 3),
-                target=shape(jnp.uint8, *bucket, 3),
-                reference=shape(jnp.uint8, *bucket, 3),
-                mask=shape(jnp.uint8, *bucket),
-                has_reference=shape(jnp.bool_),
-                prompt=prompt,
-            )
-            for bucket in buckets
-        ]
+        pictures = lambda bucket: dict(image=shape(jnp.uint8, *bucket, 3), target=shape(jnp.uint8, *bucket, 3))
+        around = lambda bucket: dict(
+            reference=shape(jnp.uint8, *bucket, 3), mask=shape(jnp.uint8, *bucket), has_reference=shape(jnp.bool_)
+        )
+        return [pictures(bucket) | (around(bucket) if masked else {}) | dict(prompt=prompt) for bucket in buckets]
 
     def loss(params: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
         variables = {**frozen, **params}
-        encoded = batch if "text" in batch else encode(model, variables, batch, config.boundary)
-        return flow_loss(model, variables, adapters(params), encoded, key, config.sigma, config.boundary.alpha)
+        encoded = batch if "text" in batch else encode(model, variables, batch, boundary)
+        return flow_loss(model, variables, adapters(params), encoded, key, config.sigma, boundary.alpha)
 
     def export(params: Any, frozen: Any, folder: Path) -> None:
         if adapter:
             trees = jax.tree.map(parallel.fetch, adapters(params))
             if jax.process_index() == 0:
-                lora_files.write_adapter(folder / LORA_FILE, trees, metadata={"base_model": str(config.init_from)})
+                said = {"base_model": str(config.init_from), **loading.adapter_metadata(model)}
+                lora_files.write_adapter(folder / LORA_FILE, trees, metadata=said)
             return
         trees = {**frozen, **params}
         if cached:  # what was not needed is a part of the result all the same
@@ -291,8 +300,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         load=load,
         initial=initial if config.init_from and trained else None,
         batch_shapes=batch_shapes,
-        refiner=None if cached else refiner,
-        samples=samples,
+        refiner=refiner if masked and not cached else None,
+        samples=samples if masked else None,
         model=model,
     )
 
@@ -322,7 +331,7 @@ def _record_samples(dataset: Dataset, count: int) -> list[dict[str, Any]]:
 def _start(
     config: ml_collections.ConfigDict, trained: Sequence[str], model: ModelConfig | None
 ) -> tuple[Any, ModelConfig]:
-    """Where the weights come from, and the architecture as it is to be trained."""
+    """Where the weights come from, and the architecture and conditioning as they are to be trained."""
     if config.init_from:
         if config.get("model"):
             raise RefineError("init_from and model are both set; leave one empty")
@@ -342,7 +351,18 @@ def _start(
         parts[name] = dataclasses.replace(getattr(found, name), dtype=config.dtype, param_dtype=kind)
     if config.get("remat"):
         parts["mmdit"] = dataclasses.replace(parts["mmdit"], remat=config.remat)
-    settings = {name: config[name] for name in ("vae_area", "condition_area") if config.get(name)}
+    settings = {name: config[name] for name in ("vae_area", "condition_area", "conditioning") if config.get(name)}
+    if config.get("prompt"):
+        if config.prompt not in prompts.TEMPLATES:
+            raise RefineError(f"prompt {config.prompt!r}: choose one of {', '.join(prompts.TEMPLATES)}")
+        template = prompts.TEMPLATES[config.prompt]
+        # Without a source nothing is tokenised, and a published model's tokenizer is the one counted with.
+        settings["prompt"] = prompts.for_tokenizer(template, source.tokenizer()) if source else template
+    elif settings.get("conditioning", found.conditioning) != found.conditioning:
+        raise RefineError(
+            f"conditioning {config.conditioning!r}: the prompt of {config.init_from!r} is that of "
+            f"{found.conditioning!r}; set prompt, one of {', '.join(prompts.TEMPLATES)}"
+        )
     return source, dataclasses.replace(found, **parts, **settings)
 
 
@@ -373,27 +393,26 @@ def encode(
 ) -> dict[str, jax.Array]:
     """All that the loss needs of a batch and that does not depend on the MMDiT: what `refine-jax data cache` keeps.
 
-    Normalised latents `target`, `image`, `reference`, `mask` `[B, h, w, C]`; `has_reference [B]`; conditioning tokens
-    `text [B, T, D]`, `text_mask [B, T]`; `band`, `region [B, h, w]` in 0…1 (`losses.to_latent_grid`).
+    Normalised latents `[B, h, w, C]` of `target` and of the condition images (`ModelConfig.pictures.seen`);
+    conditioning tokens `text [B, T, D]`, `text_mask [B, T]`. Where there is a mask, `band`, `region [B, h, w]` in 0…1
+    (`losses.to_latent_grid`); where there is a reference, `has_reference [B]`.
     """
-    mask_image = jnp.repeat(batch["mask"][..., None], 3, axis=-1)
-    images = [batch["image"], batch["reference"], mask_image]
-    target, image, reference, mask = encode_images(model, variables, [batch["target"], *images])
+    pictures = dict(batch)
+    if "mask" in batch:
+        pictures["mask"] = jnp.repeat(batch["mask"][..., None], 3, axis=-1)
+    names = ("target", *model.pictures.seen)
+    encoded = dict(zip(names, encode_images(model, variables, [pictures[name] for name in names])))
     look = jax.vmap(lambda image: conditioning.view(image, None, model.vl_sizes(image.shape[1] / image.shape[0])))
-    [(text, text_mask)] = encode_prompts(model, variables, {}, [batch["prompt"]], [look(image) for image in images])
-    grid = target.shape[1:3]
-    band = losses.boundary_band(batch["mask"], boundary.r_out, boundary.r_in)
-    return dict(
-        target=target,
-        image=image,
-        reference=reference,
-        mask=mask,
-        has_reference=batch["has_reference"],
-        text=text,
-        text_mask=text_mask,
-        band=losses.to_latent_grid(band, grid),
-        region=losses.to_latent_grid(batch["mask"] > 0, grid),
-    )
+    read = [look(pictures[name]) for name in model.pictures.read]
+    [(encoded["text"], encoded["text_mask"])] = encode_prompts(model, variables, {}, [batch["prompt"]], read)
+    if "mask" in batch:
+        grid = encoded["target"].shape[1:3]
+        band = losses.boundary_band(batch["mask"], boundary.r_out, boundary.r_in)
+        encoded["band"] = losses.to_latent_grid(band, grid)
+        encoded["region"] = losses.to_latent_grid(batch["mask"] > 0, grid)
+    if "has_reference" in batch:
+        encoded["has_reference"] = batch["has_reference"]
+    return encoded
 
 
 def flow_loss(
@@ -407,20 +426,22 @@ def flow_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The boundary-weighted velocity error of what `encode` returned, at a random σ and noise: scalar, and its parts.
 
-    sigma: distribution and shift of σ (`flow.sample_sigma`).
+    sigma: distribution and shift of σ (`flow.sample_sigma`). Without a band every location weighs 1.
     """
     z0 = encoded["target"].astype(jnp.float32)
     k_sigma, k_noise = jax.random.split(key)
-    present = [None, encoded["has_reference"], None]
-    context = conditioning.image_tokens(
-        z0.shape[1:3], [encoded[name].astype(jnp.float32) for name in ("image", "reference", "mask")], present
-    )
+    seen = model.pictures.seen
+    present = [encoded["has_reference"] if name == "reference" else None for name in seen]
+    context = conditioning.image_tokens(z0.shape, [encoded[name].astype(jnp.float32) for name in seen], present)
     levels = flow.sample_sigma(k_sigma, (z0.shape[0],), **sigma)
     noise = jax.random.normal(k_noise, z0.shape, jnp.float32)
     x = flow.pack_latents(flow.noise_latents(z0, noise, levels))
     prediction = velocity(model, variables, lora, x, levels, context, encoded["text"], encoded["text_mask"])
     target = flow.pack_latents(flow.velocity_target(z0, noise))
-    total, parts = losses.boundary_weighted_loss(prediction, target, encoded["band"], encoded["region"], alpha=alpha)
+    band = encoded["band"] if "band" in encoded else jnp.zeros(z0.shape[:3])
+    total, parts = losses.boundary_weighted_loss(prediction, target, band, encoded.get("region"), alpha=alpha)
+    if "band" not in encoded:
+        del parts["band"]
     channels = z0.shape[-1]
     return total / channels, {name: part / channels for name, part in parts.items()}
 
@@ -478,15 +499,18 @@ class _Prompted:
     def __next__(self) -> dict[str, Any]:
         step = self._pairs.get_state()["step"]
         batch = dict(next(self._pairs))
-        shapes = [batch[name].shape for name in ("image", "reference", "mask")]
+        names = self._model.pictures.read
+        shapes = [batch[name].shape for name in names]
         grids = [self._model.vl_grid(shape[2] / shape[1]) for shape in shapes]
         rows, host = len(batch["instruction"]), jax.process_index()
         draws = np.random.default_rng([self._seed, step, 0]).random(rows * jax.process_count())[host * rows :][:rows]
         texts = [loader.decode_instruction(row) for row in batch.pop("instruction")]
         texts = [self._model.negative_prompt if draw < self._dropout else text for draw, text in zip(draws, texts)]
         fit = functools.partial(self._model.fit_prompt, self._tokenizer, grids=grids, length=self._length)
-        there = batch["has_reference"].tolist()
-        encoded = [fit(text, present=[True, here, True]) for text, here in zip(texts, there)]
+        there = batch["has_reference"].tolist() if "reference" in names else [True] * rows
+        encoded = [
+            fit(text, present=[here or name != "reference" for name in names]) for text, here in zip(texts, there)
+        ]
         batch["prompt"] = vars(prompts.pad_prompts(encoded, self._length))
         for name in ("is_logo", "skipped"):
             batch.pop(name, None)

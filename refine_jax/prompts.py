@@ -1,14 +1,14 @@
 """Instructions to token ids: the one step of a refinement that stays on the host.
 
-A prompt is a chat template around "Picture 1: <image> Picture 2: <image> … instruction". How it reads is data of the
-checkpoint (`PromptTemplate`), not code. Every image placeholder is expanded to the number of tokens that its picture
+A prompt is a chat template around pictures and an instruction. How it reads is data of the checkpoint
+(`PromptTemplate`), not code. Every image placeholder is expanded to the number of tokens that its picture
 takes in the language model, and each prompt carries its own positions and feature rows, so prompts with different
 pictures present share one program.
 """
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,10 @@ _SPLIT = (
 class PromptTemplate:
     """How a checkpoint wants its prompt.
 
-    template: the whole chat with one ``{}`` where pictures and instruction go; picture: one picture, with one ``{}``
-    for its number (from 1) and one image placeholder; drop_tokens: leading hidden states that conditioning leaves out
-    (the system text); max_tokens: limit on the tokens kept after that, pictures included.
+    template: the whole chat, with one ``{}`` where the pictures and then the instruction go, or two, the second for
+    the instruction; picture: one picture, with one image placeholder and at most one ``{}`` for its number (from 1);
+    drop_tokens: leading hidden states that conditioning leaves out (the system text); max_tokens: limit on the tokens
+    kept after that, pictures included.
     """
 
     template: str
@@ -51,9 +52,10 @@ class PromptTemplate:
     max_tokens: int = 1024
 
     def __post_init__(self):
-        for name, text in (("template", self.template), ("picture", self.picture)):
-            if text.count("{}") != 1:
-                raise RefineError(f"prompt {name} {text[:60]!r}: must hold exactly one {{}}")
+        if self.template.count("{}") not in (1, 2):
+            raise RefineError(f"prompt template {self.template[:60]!r}: must hold exactly one {{}}, or two")
+        if self.picture.count("{}") > 1:
+            raise RefineError(f"prompt picture {self.picture[:60]!r}: must hold one {{}} at most")
         if self.picture.count(IMAGE_TOKEN) != 1 or IMAGE_TOKEN in self.template:
             raise RefineError(f"prompt picture {self.picture[:60]!r}: must hold {IMAGE_TOKEN} once, the template never")
         if self.drop_tokens < 0 or self.max_tokens < 1:
@@ -64,8 +66,8 @@ class PromptTemplate:
     def text(self, instruction: str, pictures: int) -> str:
         """The prompt before placeholders are expanded."""
         shown = "".join(self.picture.replace("{}", str(k + 1)) for k in range(pictures))
-        before, after = self.template.split("{}")
-        return before + shown + instruction + after
+        before, *between, after = self.template.split("{}")
+        return before + shown + "".join(between) + instruction + after
 
 
 # Qwen-Image-Edit-2509 and -2511, as in diffusers' `QwenImageEditPlusPipeline`.
@@ -81,6 +83,39 @@ EDIT_PLUS = PromptTemplate(
     drop_tokens=64,
     max_tokens=1024,
 )
+
+# RvR (arXiv 2604.25636) in Qwen2.5-VL's chat. The released code trains with one system text and samples with a longer
+# one. Here a model is sampled with the prompt that its manifest names; the released pair is "rvr-training" in training,
+# then `dataclasses.replace(model, prompt=TEMPLATES["rvr-inference"])`.
+_RVR_SYSTEM = (
+    "Analyze the potential misalignment between the generated image and the user's prompt. Then, re-generate the image "
+    "to precisely align with the user's prompt.\n"
+)
+
+
+def _rvr(system: str, drop_tokens: int) -> PromptTemplate:
+    return PromptTemplate(
+        template=(
+            f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{{}}Here is the user's prompt: {{}}. "
+            "<|im_end|>\n<|im_start|>assistant\n"
+        ),
+        picture="<|vision_start|><|image_pad|><|vision_end|>",
+        drop_tokens=drop_tokens,
+        max_tokens=1024,
+    )
+
+
+# By the names that a training configuration's `prompt` gives; drop_tokens are those of Qwen's own tokenizer.
+TEMPLATES: dict[str, PromptTemplate] = {
+    "edit-plus": EDIT_PLUS,
+    "rvr-training": _rvr(_RVR_SYSTEM, 40),
+    "rvr-inference": _rvr(_RVR_SYSTEM + "\nHere is the generated image:\n", 46),
+}
+
+
+def for_tokenizer(template: PromptTemplate, tokenizer: Any) -> PromptTemplate:
+    """The template with `drop_tokens` as `tokenizer` counts them: all that stands before the pictures is left out."""
+    return replace(template, drop_tokens=prefix_tokens(tokenizer, template.template))
 
 
 # ------------------------------------------------------------------------------------------------------------- encoding
@@ -128,7 +163,7 @@ def encode_prompt(
         raise RefineError(f"prompt: {IMAGE_TOKEN} is reserved for the pictures; take it out of the instruction")
     shown = [grid for grid, here in zip(grids, present) if here]
     token = image_token_id(tokenizer)
-    ids = np.asarray(_encode(tokenizer, template.text(instruction, len(shown))), np.int32)
+    ids = np.asarray(encode_text(tokenizer, template.text(instruction, len(shown))), np.int32)
     counts = np.ones(len(ids), np.int64)
     sizes = [merged_tokens(grid, merge) for grid in shown]
     counts[ids == token] = sizes
@@ -179,7 +214,7 @@ def bucket_length(length: int, buckets: Iterable[int]) -> int:
 
 def prefix_tokens(tokenizer: Any, template: str) -> int:
     """Tokens before the ``{}`` of a template: its `drop_tokens` (64 for `EDIT_PLUS` and Qwen's own tokenizer)."""
-    return len(_encode(tokenizer, template.split("{}")[0]))
+    return len(encode_text(tokenizer, template.split("{}")[0]))
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
@@ -221,7 +256,8 @@ def image_token_id(tokenizer: Any) -> int:
     return token
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text, without anything around it; special tokens that it spells are read as such."""
     if isinstance(tokenizer, tokenizers.Tokenizer):
         return tokenizer.encode(text, add_special_tokens=False).ids
     return tokenizer(text, add_special_tokens=False)["input_ids"]

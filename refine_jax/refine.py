@@ -62,6 +62,53 @@ class Refined(NamedTuple):
     latents: jax.Array
 
 
+def generate(
+    model: ModelConfig,
+    variables: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    seen: Sequence[jax.Array],
+    present: Sequence[jax.Array | None],
+    read: Sequence[jax.Array],
+    report: Callable[[Any], None] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The sampler: B pictures from noise, whatever the conditioning; traced into the programs.
+
+    inputs: prompt, negative, sigmas, true_cfg_scale, noise as `refine_program` takes them. seen: the condition images
+    `[B, H, W, 3]` of the VAE (maybe none), present: which rows have them (`conditioning.image_tokens`); read: the
+    encoder's views. Both are in 0…255. report: called with the number of finished steps.
+
+    Returns normalised latents `[B, h, w, C] float32` and the picture, whole numbers `[B, H, W, 3] float32`.
+    """
+    noise = inputs["noise"]
+    latents = encode_images(model, variables, seen)
+    context = conditioning.image_tokens(noise.shape, latents, present, model.mmdit.patch_size)
+    guided = "negative" in inputs
+    wanted = [inputs["prompt"]] + ([inputs["negative"]] if guided else [])
+    texts = encode_prompts(model, variables, lora, wanted, read)
+    if guided:  # both halves of the guidance in one batch: one pass through the weights
+        texts = [(jnp.concatenate([a, b]), jnp.concatenate([m, n])) for (a, m), (b, n) in [texts]]
+        context = jax.tree.map(lambda x: jnp.concatenate([x, x]), context)
+    [(text, text_mask)] = texts
+
+    sigmas = inputs["sigmas"].astype(jnp.float32)
+
+    def step(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        sigma, following = sigmas[index], sigmas[index + 1]
+        both = jnp.concatenate([x, x]) if guided else x
+        v = velocity(model, variables, lora, both, jnp.full(both.shape[0], sigma), context, text, text_mask)
+        if guided:
+            v = flow.true_cfg(*jnp.split(v, 2), inputs["true_cfg_scale"])
+        if report is not None:
+            jax.debug.callback(report, index + 1)
+        return flow.euler_step(x, v, sigma, following), None
+
+    x = flow.pack_latents(noise, model.mmdit.patch_size)
+    x, _ = jax.lax.scan(step, x, jnp.arange(len(sigmas) - 1))
+    latents = flow.unpack_latents(x, noise.shape[1:3], model.mmdit.patch_size)
+    return latents, decode_latents(model, variables, latents)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "spec"))
 def refine_program(
     variables: Mapping[str, Any], lora: Mapping[str, Any], inputs: Mapping[str, Any], *, model: ModelConfig, spec: Spec
@@ -96,33 +143,7 @@ def refine_program(
         read.insert(1, look(reference, reference_box, spec.reference_views))
         present.insert(1, inputs["has_reference"])
 
-    latents = encode_images(model, variables, seen)
-    grid = model.latent_size(spec.crop)
-    context = conditioning.image_tokens(grid, latents, present, model.mmdit.patch_size)
-    guided = "negative" in inputs
-    wanted = [inputs["prompt"]] + ([inputs["negative"]] if guided else [])
-    texts = encode_prompts(model, variables, lora, wanted, read)
-    if guided:  # both halves of the guidance in one batch: one pass through the weights
-        texts = [(jnp.concatenate([a, b]), jnp.concatenate([m, n])) for (a, m), (b, n) in [texts]]
-        context = jax.tree.map(lambda x: jnp.concatenate([x, x]), context)
-    [(text, text_mask)] = texts
-
-    sigmas = inputs["sigmas"].astype(jnp.float32)
-
-    def step(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-        sigma, following = sigmas[index], sigmas[index + 1]
-        both = jnp.concatenate([x, x]) if guided else x
-        v = velocity(model, variables, lora, both, jnp.full(both.shape[0], sigma), context, text, text_mask)
-        if guided:
-            v = flow.true_cfg(*jnp.split(v, 2), inputs["true_cfg_scale"])
-        if spec.report is not None:
-            jax.debug.callback(spec.report, index + 1)
-        return flow.euler_step(x, v, sigma, following), None
-
-    x = flow.pack_latents(inputs["noise"], model.mmdit.patch_size)
-    x, _ = jax.lax.scan(step, x, jnp.arange(len(sigmas) - 1))
-    latents = flow.unpack_latents(x, grid, model.mmdit.patch_size)
-    refined = decode_latents(model, variables, latents)
+    latents, refined = generate(model, variables, lora, inputs, seen, present, read, spec.report)
 
     def paste(pictures: jax.Array, region: tuple) -> tuple[jax.Array, None]:
         owner, crop, box, mask = region
@@ -168,7 +189,8 @@ class Refiner:
         rules: parallel.Rules = parallel.DEFAULT_RULES,
     ):
         """variables: trees under "mmdit", "vae", "vl"; lora: trees under the same names (may be empty). With a mesh,
-        both are already placed on it."""
+        both are already placed on it. Raises `RefineError` for a model of another conditioning than "refine"."""
+        model.require("refining", "refine")
         self.model = model
         self.variables = jax.device_put(dict(variables))
         self.lora = jax.device_put(dict(lora or {}))
@@ -202,8 +224,8 @@ class Refiner:
         its name and 1.0). mesh, rules: shard the weights over a mesh (`parallel.make_mesh`); of a converted
         folder each host reads its part.
 
-        Raises `RefineError` for an unknown model, a damaged folder, adapters that do not fit, or areas that are too
-        small.
+        Raises `RefineError` for an unknown model or one that regenerates, a damaged folder, adapters that do not fit,
+        or areas that are too small.
         """
         loaded = loading.load(
             model,
@@ -216,6 +238,7 @@ class Refiner:
             mesh=mesh,
             rules=rules,
             progress=progress,
+            wanted=("refining", "refine"),
         )
         return cls(loaded.config, loaded.variables, loaded.tokenizer, loaded.lora, mesh=mesh, rules=rules)
 

@@ -51,7 +51,7 @@ def latents(seed: int, batch: int = 2) -> list[np.ndarray]:
 def test_all_images_present_is_the_reference_layout():
     target = (8, 12)
     images = latents(2)
-    tokens = conditioning.image_tokens(target, images, [None, np.array([True, True]), None])
+    tokens = conditioning.image_tokens((2, *target, 3), images, [None, np.array([True, True]), None])
     expected = image_positions([(4, 6), *GRIDS])
     for row in range(2):
         np.testing.assert_array_equal(tokens.positions[row], expected)
@@ -68,7 +68,7 @@ def test_an_absent_image_leaves_no_trace():
     big = [(2, 2), (10, 2), (2, 4)]
     images = [np.ones((2, 2 * h, 2 * w, 3), np.float32) for h, w in big]
     made = jax.jit(
-        lambda here: conditioning.image_tokens(target, [jnp.asarray(x) for x in images], [None, here, None])
+        lambda here: conditioning.image_tokens((2, *target, 3), [jnp.asarray(x) for x in images], [None, here, None])
     )(jnp.array([True, False]))
     hole = slice(4 + 4, 4 + 4 + 20)
     np.testing.assert_array_equal(made.positions[0], image_positions([(2, 2), *big]))
@@ -76,3 +76,11 @@ def test_an_absent_image_leaves_no_trace():
     assert not kept[hole].any() and kept.sum() == len(kept) - 20 and made.mask[0].all()
     np.testing.assert_array_equal(made.positions[1][kept], image_positions([(2, 2), big[0], big[2]]))
     np.testing.assert_array_equal(made.text_start, [text_start([(2, 2), *big]), text_start([(2, 2), big[0], big[2]])])
+
+
+def test_no_image_at_all():
+    """Only the target stands in the image stream; the text starts where the target's half-side ends."""
+    tokens = conditioning.image_tokens((2, 8, 12, 3), [], [])
+    assert tokens.tokens.shape == (2, 0, 12) and tokens.mask.shape == (2, 24) and tokens.mask.all()
+    np.testing.assert_array_equal(tokens.positions, [image_positions([(4, 6)])] * 2)
+    np.testing.assert_array_equal(tokens.text_start, [text_start([(4, 6)])] * 2)

@@ -52,7 +52,7 @@ def test_byte_tokenizer_loads_everywhere_and_agrees(folder, tokenizer):
         for text in TEXTS:
             for t in (text, EDIT_PLUS.text(text, 2)):
                 assert other(t)["input_ids"] == tokenizer.encode(t).ids
-                assert prompts._encode(other, t) == prompts._encode(tokenizer, t)
+                assert prompts.encode_text(other, t) == prompts.encode_text(tokenizer, t)
     assert tokenizer.decode(tokenizer.encode("Refine 'ÖPEN' 中").ids) == "Refine 'ÖPEN' 中"
 
 
@@ -62,7 +62,7 @@ def test_tokenizer_from_vocabulary_and_merges_alone(folder, tokenizer, tmp_path)
     older = load_tokenizer(tmp_path)
     for text in TEXTS:
         text = EDIT_PLUS.text(text, 1)
-        assert prompts._encode(older, text) == prompts._encode(tokenizer, text)
+        assert prompts.encode_text(older, text) == prompts.encode_text(tokenizer, text)
 
 
 def test_template_is_the_pipelines():
@@ -195,3 +195,38 @@ def test_a_tokenizer_of_transformers_gives_the_same_prompt(folder, tokenizer):
     encode = functools.partial(encode_prompt, template=SHORT, instruction="go ü", grids=((4, 6), (2, 2)))
     for name in ("ids", "positions", "image_index"):
         np.testing.assert_array_equal(getattr(encode(theirs), name), getattr(encode(tokenizer), name))
+
+
+# ------------------------------------------------------------------------------------------------------------- RvR
+def test_the_prompts_of_rvr():
+    """The paper's texts in Qwen2.5-VL's chat: the released code trains with one system text, samples with another."""
+    training, inference = (prompts.TEMPLATES[f"rvr-{name}"] for name in ("training", "inference"))
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert training.text("a {} cat", 1) == (
+        "<|im_start|>system\nAnalyze the potential misalignment between the generated image and the user's prompt. "
+        "Then, re-generate the image to precisely align with the user's prompt.\n<|im_end|>\n<|im_start|>user\n"
+        f"{picture}Here is the user's prompt: a {{}} cat. <|im_end|>\n<|im_start|>assistant\n"
+    )
+    longer = training.text("", 1).replace(".\n<|im_end|>", ".\n\nHere is the generated image:\n<|im_end|>", 1)
+    assert inference.text("", 1) == longer and longer != training.text("", 1)
+    # For Qwen's own tokenizer; EDIT_PLUS's 64, counted in the same way, are diffusers'.
+    assert (training.drop_tokens, inference.drop_tokens) == (40, 46)
+
+
+def test_the_system_text_is_dropped_whatever_the_tokenizer(tokenizer):
+    template = prompts.for_tokenizer(prompts.TEMPLATES["rvr-training"], tokenizer)
+    encoded = encode_prompt(tokenizer, template, "一", [(4, 4)])
+    kept = tokenizer.decode(encoded.ids[template.drop_tokens :].tolist(), skip_special_tokens=False)
+    assert kept == (
+        "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>Here is the user's prompt: 一. <|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert (encoded.image_index[encoded.ids == prompts.image_token_id(tokenizer)] == np.arange(4)).all()
+
+
+def test_templates_with_one_hole_two_or_more(tokenizer):
+    with pytest.raises(RefineError, match="exactly one"):
+        PromptTemplate("{}{}{}", SHORT.picture, 0)
+    with pytest.raises(RefineError, match="at most"):
+        PromptTemplate("{}", "{}{}<|image_pad|>", 0)
+    assert PromptTemplate("a{}b{}c", "<|image_pad|>", 0).text("t", 2) == "a<|image_pad|><|image_pad|>btc"

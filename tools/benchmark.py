@@ -250,7 +250,8 @@ def our_parts(refiner: Any, inputs: dict[str, Any], spec: Any) -> dict[str, Call
         return velocity(model, variables, {}, target, sigma, context, text, mask)
 
     latents = [jnp.zeros((rows, *model.latent_size(size), model.vae.z_dim)) for size in sizes]
-    context = conditioning.image_tokens(model.latent_size(spec.crop), latents, [None] * len(sizes))
+    target = (rows, *model.latent_size(spec.crop), model.vae.z_dim)
+    context = conditioning.image_tokens(target, latents, [None] * len(sizes))
     texts = vl(variables, prompts, seen)
     text, mask = (jnp.concatenate([pair[k] for pair in texts]) for k in (0, 1))
     tokens = math.prod(model.latent_size(spec.crop)) // model.mmdit.patch_size**2

@@ -92,12 +92,14 @@ class Adapter:
     each dense layer; numpy, dtypes as stored, alpha / r folded into ``b``. Blocks are stacked on axis 0, zero where
     the file has none, and ranks zero-padded to the largest of the stack. dialects: how the file names things. ranks:
     "mmdit/blocks/attn/to_q" -> the rank of each block (0: none), one number for a layer of its own. source: the file.
+    metadata: the entries of its header.
     """
 
     trees: Mapping[str, Any]
     dialects: tuple[str, ...] = ()
     ranks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     source: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 # ------------------------------------------------------------------------------------------------------------ names
@@ -229,7 +231,8 @@ def _read(file: Path, stored: Any, spellings: Mapping[str, tuple[_Module, str | 
     if not parts and not problems:
         problems.add("no tensors", "the file is empty")
 
-    settings = _settings(file, stored.metadata() or {}, problems)
+    metadata = stored.metadata() or {}
+    settings = _settings(file, metadata, problems)
     scales: dict[_Module, float] = {}
     for module, keys in parts.items():
         held = {part: stored.get_slice(key) for part, key in keys.items() if part != "name"}
@@ -251,7 +254,7 @@ def _read(file: Path, stored: Any, spellings: Mapping[str, tuple[_Module, str | 
         flat[f"{layer}/a"], ranks[layer] = _stack(stored, modules, [k["a"] for k in keys], problems)
         flat[f"{layer}/b"], _ = _stack(stored, modules, [k["b"] for k in keys], problems, scales)
     problems.check(file)
-    return Adapter(traverse_util.unflatten_dict(flat, sep="/"), tuple(sorted(dialects)), ranks, str(file))
+    return Adapter(traverse_util.unflatten_dict(flat, sep="/"), tuple(sorted(dialects)), ranks, str(file), metadata)
 
 
 def _fits(

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from refine_jax import focus
-from refine_jax.data import assets, pixels, synth
+from refine_jax.data import assets, pixels, synth, world
 from refine_jax.data.plan import Plan, enlarge
 from refine_jax.data.records import Dataset, Record, open_picture
 from refine_jax.errors import RefineError
@@ -21,6 +21,7 @@ from refine_jax.errors import RefineError
 Size = tuple[int, int]
 
 INSTRUCTION_BYTES = 96
+_WORLD_BYTES = 256
 _COPIED = 1 << 20  # bytes
 
 
@@ -183,6 +184,50 @@ def refine_batches(
 
 
 @dataclass(frozen=True)
+class _World:
+    seed: int
+    batch_size: int
+    order: tuple[Size, ...]
+    split: str
+
+    def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
+        side = self.order[step % len(self.order)][0]
+        pair = world.sample(self.seed, step * self.batch_size + row, self.split, side)
+        return {
+            "image": pair["misaligned_image"],
+            "target": pair["image"],
+            "instruction": encode_instruction(pair["prompt"], _WORLD_BYTES),
+        }
+
+
+def world_batches(
+    seed: int,
+    batch_size: int,
+    buckets: Iterable[Size] = ((64, 64),),
+    split: str = "train",
+    *,
+    weights: Sequence[float] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    start: int = 0,
+) -> Batches:
+    """Endless batches of the small world's pairs, each of a single square bucket, as `refine_batches` gives its own.
+
+    Yields {image (misaligned), target (aligned with the prompt): [b, h, h, 3] uint8, instruction: [b, 256] uint8, the
+    prompt}. Buckets alternate by `weights` (default: equal ones). Raises RefineError for a bucket that is not square.
+    """
+    buckets = [tuple(bucket) for bucket in buckets]
+    for bucket in buckets:
+        if len(bucket) != 2 or bucket[0] != bucket[1]:
+            raise RefineError(f"data.buckets: the world's pictures are square, got {bucket}; give (side, side)")
+    make = _World(seed, batch_size, schedule(buckets, weights or [1.0] * len(buckets)), split)
+    return Batches(
+        make, batch_size, start=start, process_index=process_index, process_count=process_count, workers=workers
+    )
+
+
+@dataclass(frozen=True)
 class _Patches:
     seed: int
     batch_size: int
@@ -271,6 +316,17 @@ def pair(
     }
 
 
+@dataclass(frozen=True)
+class _WholeRecords(_Records):
+    """Whole pictures of records; mask and reference are not opened."""
+
+    def _row(self, number: int, step: int, row: int, size: Size, reference_size: Size) -> dict[str, np.ndarray]:
+        record = self.dataset[number]
+        image, target = pixels.image_and_target(record, (0, 0, *record.size), size)
+        instruction = encode_instruction(record.instruction, self.instruction_bytes)
+        return {"image": image, "target": target, "instruction": instruction}
+
+
 class RecordBatches(Batches):
     """Batches of a dataset's records; `corrupt` collects those that this host had to leave out."""
 
@@ -343,11 +399,44 @@ def record_batches(
     references = buckets if reference_buckets is None else [tuple(bucket) for bucket in reference_buckets]
     if not 0 <= margin_jitter < 1:
         raise RefineError(f"data.margin_jitter {margin_jitter}: give 0 or more, and less than 1")
-    if not max_corrupt >= 0:
-        raise RefineError(f"data.max_corrupt {max_corrupt}: give a share below 1, or a number of records")
+    _check_corrupt(max_corrupt)
     if instruction_bytes is None:
         instruction_bytes = max(1, int(dataset.index[:, 8].max()))
     plan = Plan(dataset.index, seed, batch_size, buckets, references, margin)
     make = _Records(dataset, plan, margin, margin_jitter, instruction_bytes)
     hosts = dict(process_index=process_index, process_count=process_count)
     return RecordBatches(make, batch_size, max_corrupt, start=start, workers=workers, **hosts)
+
+
+def whole_batches(
+    dataset: Dataset,
+    seed: int,
+    batch_size: int,
+    buckets: Iterable[Size],
+    *,
+    instruction_bytes: int | None = None,
+    max_corrupt: float = 0.01,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    start: int = 0,
+) -> RecordBatches:
+    """As `record_batches`, of whole pictures: {image, target: [b, h, w, 3] uint8, instruction, skipped}.
+
+    A pair goes to the bucket of its picture's aspect, and is resized to it. Masks and references are not looked at.
+    """
+    _check_corrupt(max_corrupt)
+    index = np.array(dataset.index)
+    index[:, 2:4], index[:, 4:6], index[:, 6:8] = 0, index[:, :2], 0
+    if instruction_bytes is None:
+        instruction_bytes = max(1, int(index[:, 8].max()))
+    buckets = [tuple(bucket) for bucket in buckets]
+    plan = Plan(index, seed, batch_size, buckets, buckets, 0.0)
+    make = _WholeRecords(dataset, plan, 0.0, 0.0, instruction_bytes)
+    hosts = dict(process_index=process_index, process_count=process_count)
+    return RecordBatches(make, batch_size, max_corrupt, start=start, workers=workers, **hosts)
+
+
+def _check_corrupt(limit: float) -> None:
+    if not limit >= 0:
+        raise RefineError(f"data.max_corrupt {limit}: give a share below 1, or a number of records")
