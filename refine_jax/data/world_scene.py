@@ -3,6 +3,7 @@
 Lengths and positions in a scene are fractions of the picture's side, x to the right, y down.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -71,7 +72,9 @@ class Scene:
 
 # ---------------------------------------------------------------------------------------------- where things are
 
-_MARGIN, _GAP = 0.025, 0.045
+_MARGIN = 0.025  # between a shape and the border
+_GAP = 0.045  # between two shapes
+_AROUND_TEXT = 0.02  # besides _MARGIN, between a shape and letters
 _HALVES = {"left": (0, 0.0, 0.43), "right": (0, 0.57, 1.0), "top": (1, 0.0, 0.43), "bottom": (1, 0.57, 1.0)}
 
 
@@ -84,6 +87,11 @@ def _limits(place: str | None) -> list[list[float]]:
         axis, low, high = _HALVES[word]
         limits[axis] = [low, high]
     return limits
+
+
+def _apart(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool:
+    """Whether two squares (x, y, half the side with _MARGIN) leave the gap of two shapes."""
+    return max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= a[2] + b[2] + _GAP - 2 * _MARGIN
 
 
 def arrange(
@@ -104,10 +112,11 @@ def arrange(
         edge = rng.uniform(0.045, 0.06)
         x = rng.uniform(0.045, 0.955 - width)
         corner = (x, edge if text_place == "top" else 1.0 - edge - height, cell)
-        low, high = (edge + height, 1.0) if text_place == "top" else (0.0, 1.0 - edge - height)
+        end = edge + height + _AROUND_TEXT
+        low, high = (end, 1.0) if text_place == "top" else (0.0, 1.0 - end)
     split = rng.uniform(0.35, 0.65)
-    placed, boxes = [], np.zeros((len(items), 3))
-    for k, item in enumerate(items):
+    placed, boxes = [], []
+    for item in items:
         radius, angle = rng.uniform(*RADII[item.size]), rng.uniform(-0.12, 0.12)
         reach = radius * _REACH[item.shape] + _MARGIN
         limits = _limits(place)
@@ -120,13 +129,13 @@ def arrange(
         x1, x2, y1, y2 = max(x1, reach), min(x2, 1.0 - reach), max(y1, low + reach), min(y2, high - reach)
         if x1 > x2 or y1 > y2:
             return None
-        spots = rng.random((24, 2)) * (x2 - x1, y2 - y1) + (x1, y1)
-        apart = np.abs(spots[:, None] - boxes[None, :k, :2]).max(-1) - boxes[:k, 2] - reach - _GAP + 2 * _MARGIN
-        free = np.flatnonzero((apart >= 0.0).all(1))
-        if not len(free):
+        for _ in range(24):
+            x, y = x1 + rng.random() * (x2 - x1), y1 + rng.random() * (y2 - y1)
+            if all(_apart((x, y, reach), box) for box in boxes):
+                break
+        else:
             return None
-        x, y = spots[free[0]].tolist()
-        boxes[k] = x, y, reach
+        boxes.append((x, y, reach))
         placed.append(Item(item.shape, item.colour, item.size, item.group, x, y, radius, angle))
     return Scene(tuple(placed), text, text_place, *corner, seed=int(rng.integers(2**31)))
 
@@ -135,16 +144,13 @@ def fits(scene: Scene) -> bool:
     """Nothing touches another thing or the border: what `arrange` promises, for a scene changed since."""
     low, high = 0.0, 1.0
     if scene.text:
-        end = scene.text_y + 7 * scene.cell
-        low, high = (end, 1.0) if scene.text_place == "top" else (0.0, scene.text_y)
+        end = scene.text_y + 7 * scene.cell + _AROUND_TEXT
+        low, high = (end, 1.0) if scene.text_place == "top" else (0.0, scene.text_y - _AROUND_TEXT)
         if scene.text_x + (6 * len(scene.text) - 1) * scene.cell > 0.96:
             return False
     boxes = [(item.x, item.y, item.radius * _REACH[item.shape] + _MARGIN) for item in scene.items]
     inside = all(r <= x <= 1.0 - r and low + r <= y <= high - r for x, y, r in boxes)
-    return inside and all(
-        max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= a[2] + b[2] + _GAP - 2 * _MARGIN
-        for a, b in itertools.combinations(boxes, 2)
-    )
+    return inside and all(_apart(a, b) for a, b in itertools.combinations(boxes, 2))
 
 
 # ---------------------------------------------------------------------------------------------- the renderer
@@ -211,8 +217,8 @@ def cover(shape: str, x: float, y: float, radius: float, angle: float) -> tuple[
 
 def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
     """[3] float32 in 0..255 of a hue in degrees, saturation and value in 0..1."""
-    k = (np.array([5.0, 3.0, 1.0]) + hue / 60.0) % 6.0
-    return (255.0 * value * (1.0 - saturation * np.clip(np.minimum(k, 4.0 - k), 0.0, 1.0))).astype(np.float32)
+    parts = (min(k, 4.0 - k) for k in ((shift + hue / 60.0) % 6.0 for shift in (5.0, 3.0, 1.0)))
+    return np.array([255.0 * value * (1.0 - saturation * min(1.0, max(0.0, k))) for k in parts], np.float32)
 
 
 def _background(rng: Rng, side: int) -> tuple[np.ndarray, bool]:
@@ -240,7 +246,7 @@ def _background(rng: Rng, side: int) -> tuple[np.ndarray, bool]:
     elif kind == 4:
         pattern = 0.5 * np.clip(4.0 * np.sin(0.7 * waves * x) * np.sin(0.7 * waves * y), -1.0, 1.0)
     else:  # soft clouds
-        coarse = Image.fromarray(rng.random((4, 4), np.float32) - np.float32(0.5), mode="F")
+        coarse = Image.fromarray(rng.random((4, 4), np.float32) - np.float32(0.5))
         pattern = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)) * 1.6
     tint = 1.0 + rng.uniform(-0.15, 0.15, 3).astype(np.float32)
     return base + (strength * pattern)[..., None] * tint, pale
@@ -250,11 +256,12 @@ def overlap(start: float, cell: float, cells: int, pixels: int) -> np.ndarray:
     """[pixels, cells] float64: the share of each pixel covered by each cell of a row that starts at `start` pixels."""
     low = start + cell * np.arange(cells)
     edge = np.arange(pixels)[:, None]
-    return np.clip(np.minimum(low + cell, edge + 1.0) - np.maximum(low, edge), 0.0, 1.0)
+    return np.maximum(np.minimum(low + cell, edge + 1.0) - np.maximum(low, edge), 0.0)
 
 
+@functools.lru_cache(maxsize=4096)
 def bitmap(text: str) -> np.ndarray:
-    """[7, 6 n - 1] float64, 0 or 1: the dots of n letters, one empty column between two."""
+    """[7, 6 n - 1] float64, 0 or 1: the dots of n letters, one empty column between two. Shared: do not modify."""
     rows = (".".join(GLYPHS[letter][row] for letter in text) for row in range(7))
     return np.array([[dot == "#" for dot in row] for row in rows], np.float64)
 
@@ -267,14 +274,14 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
     picture, pale = _background(rng, size)
     for item in scene.items:
         hue, saturation, value = TINTS[item.colour]
-        jitter = rng.uniform(-1.0, 1.0, 5)
+        jitter = rng.uniform(-1.0, 1.0, 5).tolist()
         tint = _rgb(
             hue + 4.0 * jitter[0], min(1.0, saturation + 0.08 * jitter[1]), min(1.0, value * (1 + 0.07 * jitter[2]))
         )
         alpha, left, top = cover(item.shape, item.x * size, item.y * size, item.radius * size, item.angle)
         # A little light from one side.
         at = np.arange(len(alpha), dtype=np.float32) * (0.16 / len(alpha)) - 0.08
-        light = 1.0 + (float(jitter[3]) * at[None, :] + float(jitter[4]) * at[:, None])[..., None]
+        light = 1.0 + (jitter[3] * at[None, :] + jitter[4] * at[:, None])[..., None]
         x1, y1 = max(0, left), max(0, top)
         x2, y2 = min(size, left + alpha.shape[1]), min(size, top + alpha.shape[0])
         window = np.s_[y1 - top : y2 - top, x1 - left : x2 - left]
