@@ -45,7 +45,8 @@ class BagelModel:
     the text before the image (released: `SYSTEM_SAMPLING`; the training data has `SYSTEM_TRAINING`); prompt: the text
     after it, with one {} for the user's. The rest are the sampler's defaults: steps counts points of the time grid, so
     steps - 1 updates; interval: the times at which guidance acts, lo < t <= hi; generate_renorm, generate_interval: of
-    text-to-image.
+    text-to-image. conditioning: what is shown of an image, "rvr" (the tower's tokens alone) or "rvr_vae" (its latents
+    before them, as in the ablation of the paper and in editing).
     """
 
     bagel: BagelConfig = BagelConfig()
@@ -63,8 +64,11 @@ class BagelModel:
     interval: tuple[float, float] = (0.0, 1.0)
     generate_renorm: str = "global"
     generate_interval: tuple[float, float] = (0.4, 1.0)
+    conditioning: str = "rvr"
 
     def __post_init__(self) -> None:
+        if self.conditioning not in ("rvr", "rvr_vae"):
+            raise RefineError(f"conditioning {self.conditioning!r}: choose one of rvr, rvr_vae")
         if self.bagel.latent_channels != self.vae.z_channels:
             raise RefineError(
                 f"model: bagel.latent_channels {self.bagel.latent_channels} is not vae.z_channels {self.vae.z_channels}"

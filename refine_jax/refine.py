@@ -437,7 +437,7 @@ class Refiner:
         for request in owners:
             boxes = np.stack([m.box for m in members if m.request == request])
             windows[request] = np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)]).tolist()
-        height, width = (_canvas_side(max(w[axis + 2] - w[axis] for w in windows.values())) for axis in (1, 0))
+        height, width = (canvas_side(max(w[axis + 2] - w[axis] for w in windows.values())) for axis in (1, 0))
 
         def cut(array: np.ndarray, window: Sequence[int]) -> np.ndarray:
             x1, y1, x2, y2 = window
@@ -467,7 +467,7 @@ class Refiner:
             inputs["negative"] = self._prompts([m.negative for m in padded], padded, spec, length)
         if reference is not None:
             given = [m.reference.rgb if m.reference else np.zeros((1, 1, 3), np.uint8) for m in padded]
-            side = [_canvas_side(max(r.shape[axis] for r in given)) for axis in (0, 1)]
+            side = [canvas_side(max(r.shape[axis] for r in given)) for axis in (0, 1)]
             inputs["reference"] = np.stack(
                 [np.pad(r, [(0, side[0] - r.shape[0]), (0, side[1] - r.shape[1]), (0, 0)]) for r in given]
             )
@@ -513,7 +513,7 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _canvas_side(side: int) -> int:
+def canvas_side(side: int) -> int:
     """The canvas bucket of a side: at most a quarter more than asked, so that few programs serve all sizes."""
     step = max(64, _power_of_two(side) // 8)
     return -(-side // step) * step

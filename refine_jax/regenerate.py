@@ -4,17 +4,28 @@ p(I' | T_system, Z(I), T_prompt): the encoder's tokens of the misaligned picture
 do not, and nothing of it is kept by force. Regeneration repeats: each round reads the picture of the one before.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from PIL import Image
 
-from refine_jax import conditioning
+from refine_jax import bagel, conditioning, flow, images, parallel, prompts
+from refine_jax.bagel import BagelModel
+from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig, Size
-from refine_jax.refine import generate
+from refine_jax.models.bagel import latent_position_ids
+from refine_jax.progress import Progress
+from refine_jax.refine import TEXT_BUCKETS, canvas_side, generate
+
+Array = jax.Array | np.ndarray
 
 # --------------------------------------------------------------------------------------- the Qwen-Image MMDiT's program
 
@@ -75,3 +86,398 @@ def mmdit_program(
     picture = first(inputs["pictures"], inputs["box"])
     picture, rounds = jax.lax.scan(again, picture, inputs["noise"])
     return Regenerated(picture.astype(jnp.uint8), rounds)
+
+
+# --------------------------------------------------------------------------------------------------- BAGEL's program
+
+
+@dataclasses.dataclass(frozen=True)
+class BagelSpec:
+    """What is static in one compiled program of BAGEL, besides the shapes of its arguments.
+
+    size: (height, width) that is painted; seen: at which the tower sees the picture, None where there is none. The rest
+    as in `Regenerator.regenerate`; text_guided, image_guided: which contexts the guidance needs.
+    """
+
+    size: Size
+    seen: Size | None
+    steps: int
+    shift: float
+    renorm: str
+    renorm_min: float
+    interval: tuple[float, float]
+    text_guided: bool
+    image_guided: bool
+    report: Callable[[Any], None] | None = None
+
+
+class Painted(NamedTuple):
+    """Pictures `[B, h, w, 3] uint8` and the packed latents `[B, N, p·p·C] float32` that they were decoded from."""
+
+    pictures: jax.Array
+    latents: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("model", "marks", "spec"))
+def bagel_program(
+    variables: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    *,
+    model: BagelModel,
+    marks: bagel.Marks,
+    spec: BagelSpec,
+) -> Painted:
+    """One round: read system, pictures and prompts once, paint, decode.
+
+    inputs: prompt (`bagel.Prompt`, B rows), noise `[B, N, p·p·C] float32`, text_cfg, image_cfg `[B] float32`; where
+    `spec.seen`, also pictures `[B, h, w, 3] uint8` of `spec.size`, system (`bagel.Prompt`), and for a model that is
+    shown latents too, keys `[B]` of the VAE's sample.
+    """
+    system = pixels = latents = None
+    if spec.seen is not None:
+        system = inputs["system"]
+        given = inputs["pictures"].astype(jnp.float32)
+        pixels = jax.vmap(lambda picture: bagel.painted(picture, None, spec.seen))(given)
+        if model.conditioning == "rvr_vae":
+            encode = jax.vmap(lambda x, key: bagel.encode_images(model, variables, x[None], key)[0])
+            latents = bagel.LatentImage(encode(given, inputs["keys"]), model.grid(spec.size))
+    context = bagel.read_prefix(
+        model,
+        variables,
+        lora,
+        marks,
+        system,
+        pixels,
+        inputs["prompt"],
+        drop_text=spec.text_guided,
+        drop_image=spec.image_guided,
+        latents=latents,
+    )
+    guidance = bagel.Guidance(
+        bagel.time_grid(spec.steps, spec.shift),
+        inputs["text_cfg"] if spec.text_guided else None,
+        inputs["image_cfg"] if spec.image_guided else None,
+        spec.renorm,
+        spec.renorm_min,
+        spec.interval,
+    )
+    x = bagel.paint(
+        model, variables, lora, marks, context, inputs["noise"], model.grid(spec.size), guidance, spec.report
+    )
+    return Painted(bagel.decode_latents(model, variables, x, spec.size), x)
+
+
+@functools.partial(jax.jit, static_argnames=("size",))
+def _fit(pictures: jax.Array, boxes: jax.Array, size: Size) -> jax.Array:
+    """Pictures in the corners of canvases `[B, H, W, 3] uint8`, boxes `[B, 4]` -> `[B, h, w, 3] uint8`."""
+    return jax.vmap(lambda p, b: bagel.painted(p, b, size))(pictures, boxes).astype(jnp.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------- the door
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """One request, decoded: `bucket` is what requests of a batch share."""
+
+    picture: images.Picture | None
+    ids: np.ndarray
+    rounds: int
+    text_cfg: float
+    image_cfg: float
+    seed: int
+    noise: Any
+    spec: BagelSpec
+    length: int
+
+    @property
+    def bucket(self) -> Any:
+        return self.spec, self.rounds, self.length
+
+
+class Regenerator:
+    """A loaded model that paints pictures anew (RvR) or from text. Make one with `Regenerator.load`."""
+
+    def __init__(
+        self,
+        model: BagelModel,
+        variables: Mapping[str, Any],
+        tokenizer: Any,
+        lora: Mapping[str, Any] | None = None,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: parallel.Rules = parallel.DEFAULT_RULES,
+    ):
+        """variables: trees under "bagel", "vae"; lora: a tree under "bagel" (may be empty). With a mesh, both are
+        already placed on it."""
+        self.model = model
+        self.variables = jax.device_put(dict(variables))
+        self.lora = jax.device_put(dict(lora or {}))
+        self.tokenizer = tokenizer
+        self._marks = bagel.Marks.of(tokenizer)
+        self._mesh, self._rules = mesh, rules
+        self._progress = Progress()
+
+    def regenerate(
+        self,
+        image: images.ImageLike,
+        prompt: str,
+        rounds: int = 1,
+        *,
+        steps: int | None = None,
+        text_cfg: float | None = None,
+        image_cfg: float | None = None,
+        renorm: str | None = None,
+        renorm_min: float | None = None,
+        interval: tuple[float, float] | None = None,
+        shift: float | None = None,
+        seed: int = 0,
+        noise: Array | None = None,
+        progress: bool = False,
+    ) -> Image.Image:
+        """Paint `image` anew so that it shows what `prompt` says; a PIL image of the size that `painted_size` gives.
+
+        image: PIL image, path or `[H, W, 3] uint8`. rounds: the result is regenerated again, without leaving the
+        device; 0 returns the picture as it is. steps: points of the time grid, steps - 1 updates. text_cfg, image_cfg:
+        guidance by the context without the prompt and without the image; 1 is off, and without the text's there is no
+        image's. renorm, renorm_min: `flow.dual_cfg`; interval: the times lo < t <= hi at which guidance acts; shift: of
+        the time grid. noise: packed latent noise `[h·w, p·p·C] float32` of the first round, in place of the seed's.
+        Whatever is None is the model's own. progress: a bar on standard error.
+
+        Raises `RefineError` for an unreadable picture, a prompt that is too long, settings out of range.
+        """
+        request = dict(
+            image=image,
+            prompt=prompt,
+            rounds=rounds,
+            steps=steps,
+            text_cfg=text_cfg,
+            image_cfg=image_cfg,
+            renorm=renorm,
+            renorm_min=renorm_min,
+            interval=interval,
+            shift=shift,
+            seed=seed,
+            noise=noise,
+        )
+        return self.regenerate_batch([request], progress=progress)[0]
+
+    def generate(
+        self,
+        prompt: str,
+        size: tuple[int, int] | None = None,
+        *,
+        steps: int | None = None,
+        text_cfg: float | None = None,
+        renorm: str | None = None,
+        renorm_min: float | None = None,
+        interval: tuple[float, float] | None = None,
+        shift: float | None = None,
+        seed: int = 0,
+        noise: Array | None = None,
+        progress: bool = False,
+    ) -> Image.Image:
+        """Paint what `prompt` says, as the base model does: the prompt as it is, no system text, no picture.
+
+        size: (width, height) in pixels, multiples of `model.stride` (default: a square of the longest side); the rest
+        as in `regenerate`.
+        """
+        request = dict(
+            prompt=prompt,
+            size=size,
+            steps=steps,
+            text_cfg=text_cfg,
+            renorm=renorm,
+            renorm_min=renorm_min,
+            interval=interval,
+            shift=shift,
+            seed=seed,
+            noise=noise,
+        )
+        return self.generate_batch([request], progress=progress)[0]
+
+    def regenerate_batch(self, requests: Sequence[Mapping[str, Any]], *, progress: bool = False) -> list[Image.Image]:
+        """Several requests, each a dict of `regenerate`'s arguments; results in the order of the requests.
+
+        Requests of one size and the same settings run as one batch, padded to a power of two; a result does not depend
+        on its neighbours. All are read and checked before anything is computed.
+        """
+        return self._run_all([self._read(**request) for request in requests], progress)
+
+    def generate_batch(self, requests: Sequence[Mapping[str, Any]], *, progress: bool = False) -> list[Image.Image]:
+        """Several requests, each a dict of `generate`'s arguments; otherwise as `regenerate_batch`."""
+        return self._run_all([self._read_generation(**request) for request in requests], progress)
+
+    # ------------------------------------------------------------------------------------------------- reading requests
+
+    def _read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> _Request:
+        if not isinstance(rounds, numbers.Integral) or not 0 <= rounds <= 100:
+            raise RefineError(f"rounds {rounds!r}: give a whole number from 0 to 100")
+        picture = images.read_picture(image)
+        width, height = picture.size
+        size = self.model.painted_size((height, width))
+        seen = self.model.seen_size(size)
+        return self._request(
+            picture, self.model.prompt.replace("{}", self._text(prompt)), int(rounds), size, seen, settings
+        )
+
+    def _read_generation(self, prompt: str, size: tuple[int, int] | None = None, **settings: Any) -> _Request:
+        model = self.model
+        size = (model.vae_sides[0],) * 2 if size is None else size
+        try:
+            width, height = (int(side) for side in size)
+        except (TypeError, ValueError):
+            raise RefineError(f"size {size!r}: give (width, height) in pixels") from None
+        if any(side < model.stride or side % model.stride for side in (width, height)):
+            raise RefineError(f"size {width}x{height}: give sides that are multiples of {model.stride}")
+        settings = {
+            **settings,
+            "renorm": settings.get("renorm") or model.generate_renorm,
+            "interval": settings.get("interval") or model.generate_interval,
+            "image_cfg": 1.0,
+        }
+        return self._request(None, self._text(prompt), 1, (height, width), None, settings)
+
+    def _text(self, prompt: Any) -> str:
+        if not isinstance(prompt, str):
+            raise RefineError(f"prompt: cannot use a {type(prompt).__name__}; give a text")
+        return prompt
+
+    def _request(
+        self,
+        picture: images.Picture | None,
+        text: str,
+        rounds: int,
+        size: Size,
+        seen: Size | None,
+        settings: Mapping[str, Any],
+    ) -> _Request:
+        model = self.model
+        unknown = sorted(set(settings) - {*_NUMBERS, "steps", "renorm", "interval", "seed", "noise"})
+        if unknown:
+            raise RefineError(f"request: unknown field {unknown[0]!r}")
+        given = {name: value for name, value in settings.items() if value is not None}
+        grid = model.grid(size)
+        latent_position_ids(grid, model.bagel)  # refuses what is too large
+        steps = given.get("steps", model.steps)
+        if not isinstance(steps, numbers.Integral) or not 2 <= steps <= 1000:
+            raise RefineError(f"steps {steps!r}: give a whole number from 2 to 1000; they are points of the time grid")
+        value = {}
+        for name, (low, high) in _NUMBERS.items():
+            number = given.get(name, getattr(model, name))
+            if not isinstance(number, numbers.Real) or not low <= number <= high:
+                raise RefineError(f"{name} {number!r}: give a number from {low:g} to {high:g}")
+            value[name] = float(number)
+        renorm = given.get("renorm", model.renorm)
+        if renorm not in flow.RENORMS:
+            raise RefineError(f"renorm {renorm!r}: give one of {', '.join(flow.RENORMS)}")
+        interval = tuple(given.get("interval", model.interval))
+        if len(interval) != 2 or not all(isinstance(t, numbers.Real) and 0 <= t <= 1 for t in interval):
+            raise RefineError(f"interval {interval!r}: give two times (lo, hi) within 0 and 1")
+        seed = given.get("seed", 0)
+        if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**63:
+            raise RefineError(f"seed {seed!r}: give a whole number of at most 64 bits")
+        noise = given.get("noise")
+        shape = (grid[0] * grid[1], model.bagel.latent_dim)
+        if noise is not None and tuple(noise.shape) != shape:
+            raise RefineError(f"noise of shape {tuple(noise.shape)}: the packed latents are {shape}")
+        ids = bagel.text_ids(self.tokenizer, text)
+        text_guided = value["text_cfg"] > 1
+        spec = BagelSpec(
+            size=size,
+            seen=seen,
+            steps=int(steps),
+            shift=value["shift"],
+            renorm=renorm,
+            renorm_min=value["renorm_min"],
+            interval=tuple(map(float, interval)),
+            text_guided=text_guided,
+            image_guided=text_guided and value["image_cfg"] > 1,
+        )
+        length = prompts.bucket_length(len(ids), _LENGTHS)
+        return _Request(picture, ids, rounds, value["text_cfg"], value["image_cfg"], int(seed), noise, spec, length)
+
+    # ------------------------------------------------------------------------------------------------- running a bucket
+
+    def _run_all(self, requests: list[_Request], progress: bool) -> list[Image.Image]:
+        results: list[Image.Image | None] = [None] * len(requests)
+        groups: dict[Any, list[int]] = {}
+        for number, request in enumerate(requests):
+            if request.rounds == 0:
+                results[number] = Image.fromarray(request.picture.rgb)
+            else:
+                groups.setdefault(request.bucket, []).append(number)
+        for (spec, rounds, length), members in groups.items():
+            pictures = self._run(spec, rounds, length, [requests[k] for k in members], progress)
+            for number, picture in zip(members, pictures):
+                results[number] = Image.fromarray(picture)
+        return results
+
+    def _run(
+        self, spec: BagelSpec, rounds: int, length: int, members: list[_Request], progress: bool
+    ) -> list[np.ndarray]:
+        """Requests of one bucket: their pictures `[h, w, 3] uint8`."""
+        padded = members + [members[0]] * ((1 << (len(members) - 1).bit_length()) - len(members))
+        inputs: dict[str, Any] = {
+            "prompt": _padded([m.ids for m in padded], length),
+            "text_cfg": np.array([m.text_cfg for m in padded], np.float32),
+            "image_cfg": np.array([m.image_cfg for m in padded], np.float32),
+        }
+        with contextlib.ExitStack() as stack:
+            if progress:
+                spec = dataclasses.replace(spec, report=self._progress.step)
+            if self._mesh is not None:
+                stack.enter_context(jax.set_mesh(self._mesh))
+                stack.enter_context(nn.logical_axis_rules(self._rules))
+            pictures = None
+            if spec.seen is not None:
+                system = bagel.text_ids(self.tokenizer, self.model.system)
+                inputs["system"] = _padded([system] * len(padded), len(system))
+                pictures = self._canvases([m.picture for m in padded], spec.size)
+            for number in range(rounds):
+                if spec.seen is not None:
+                    inputs["pictures"] = pictures
+                    inputs["keys"] = jnp.stack([_key(m.seed, number, 1) for m in padded])
+                inputs["noise"] = jnp.stack([self._noise(m, number) for m in padded])
+                with self._progress.show(spec.steps - 1) if progress else contextlib.nullcontext():
+                    pictures = bagel_program(
+                        self.variables, self.lora, inputs, model=self.model, marks=self._marks, spec=spec
+                    ).pictures
+                    if progress:
+                        pictures.block_until_ready()
+            return list(parallel.fetch(pictures)[: len(members)])
+
+    def _canvases(self, pictures: list[images.Picture], size: Size) -> jax.Array:
+        """The pictures at the size of their painting, on the device."""
+        side = [canvas_side(max(p.rgb.shape[axis] for p in pictures)) for axis in (0, 1)]
+        spare = lambda p: [(0, side[0] - p.rgb.shape[0]), (0, side[1] - p.rgb.shape[1]), (0, 0)]
+        boxes = np.array([[0, 0, *p.size] for p in pictures], np.int32)
+        return _fit(np.stack([np.pad(p.rgb, spare(p)) for p in pictures]), boxes, size)
+
+    def _noise(self, request: _Request, number: int) -> jax.Array:
+        grid = self.model.grid(request.spec.size)
+        if request.noise is not None and number == 0:
+            return jnp.asarray(request.noise, jnp.float32)
+        key = _key(request.seed, number, 0)
+        return jax.random.normal(key, (grid[0] * grid[1], self.model.bagel.latent_dim), jnp.float32)
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+# Lengths of prompts of compiled programs; at most a third of a prompt is padding.
+_LENGTHS = (*TEXT_BUCKETS, 6144, 8192, 12288, 16384)
+_NUMBERS = {"text_cfg": (0.0, 1e3), "image_cfg": (0.0, 1e3), "renorm_min": (0.0, 1.0), "shift": (0.01, 1e3)}
+
+
+def _key(seed: int, number: int, purpose: int) -> jax.Array:
+    """The random key of a round: it depends on the request alone."""
+    words = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, number, purpose]
+    return functools.reduce(
+        lambda key, word: jax.random.fold_in(key, np.uint32(word)), words[1:], jax.random.key(words[0])
+    )
+
+
+def _padded(rows: Sequence[np.ndarray], length: int) -> bagel.Prompt:
+    ids = np.stack([np.pad(row, (0, length - len(row))) for row in rows])
+    return bagel.Prompt(ids, np.array([len(row) for row in rows], np.int32))

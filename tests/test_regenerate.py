@@ -1,5 +1,6 @@
 """Regeneration with BAGEL: the whole sampler against the authors' numbers, and what it promises of itself."""
 
+import dataclasses
 import functools
 import zlib
 
@@ -11,13 +12,15 @@ import test_bagel as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refine_jax import bagel, flow
+from refine_jax import bagel, flow, regenerate
 from refine_jax.bagel import BagelModel, Guidance, LatentImage, Marks, Prompt
 from refine_jax.convert import keys_flux_vae
 from refine_jax.convert.mapping import reference_shapes, to_tree
 from refine_jax.errors import RefineError
-from refine_jax.models.bagel import patchify
+from refine_jax.model import ModelConfig
+from refine_jax.models.bagel import BagelConfig, patchify
 from refine_jax.models.flux_vae import FluxVAEConfig
+from refine_jax.regenerate import Regenerator
 
 # tests/data/rvr_sampler.npz holds what inferencer.py and modeling/ of github.com/LeapLabTHU/RvR painted on a CPU
 # (changed as test_bagel.py says, with Pillow in place of torchvision's resize) with the decoder of test_bagel.py, the
@@ -173,3 +176,82 @@ def test_the_manifest_goes_both_ways():
         BagelModel.from_manifest({k: v for k, v in MODEL.to_manifest().items() if k != "vae"})
     with pytest.raises(RefineError, match="unknown field 'colour'"):
         BagelModel.from_manifest({**MODEL.to_manifest(), "colour": 1})
+
+
+# ------------------------------------------------------------------------------------------------------------- the door
+
+
+@functools.cache
+def door() -> Regenerator:
+    """The model of the authors' numbers with more words: the byte tokenizer has 264."""
+    network = BagelConfig(**{**dataclasses.asdict(MODEL.bagel), "vocab_size": 264, "vit": MODEL.bagel.vit})
+    model = dataclasses.replace(MODEL, bagel=network, steps=4)
+    variables = weights()
+    extra = jnp.asarray(reference.noise("more words", 264, 24))
+    head = {"kernel": jnp.asarray(reference.noise("head", 24, 264))}
+    variables = {**variables, "bagel": {**variables["bagel"], "embed_tokens": extra, "lm_head": head}}
+    return Regenerator(model, variables, ModelConfig.byte_tokenizer())
+
+
+def test_a_request_depends_on_itself_alone():
+    requests = [
+        dict(image=photo("a", (60, 90)), prompt="two red cups", seed=1),
+        dict(image=photo("b", (61, 92)), prompt="一只黑色的猫和三个苹果", seed=2),
+        dict(image=photo("c", (90, 60)), prompt="", seed=3),
+        dict(image=photo("d", (60, 90)), prompt="a much longer prompt " * 12, seed=1, text_cfg=1.0),
+    ]
+    together = door().regenerate_batch(requests)
+    again = door().regenerate_batch(requests[::-1])[::-1]
+    assert [picture.size for picture in together] == [(80, 48), (80, 48), (48, 80), (80, 48)]
+    for request, one, other in zip(requests, together, again):
+        assert one.tobytes() == other.tobytes()
+        alone = np.asarray(door().regenerate(**request)).astype(int)
+        assert np.abs(alone - np.asarray(one)).max() <= 1
+    assert together[0].tobytes() != together[1].tobytes()
+
+
+def test_rounds_feed_the_result_back():
+    picture = photo("a", (60, 90))
+    noise = reference.noise("given", 15, 16)
+    assert door().regenerate(picture, "x", rounds=0).tobytes() == picture.tobytes()
+    once = door().regenerate(picture, "x", noise=noise)
+    twice = door().regenerate(picture, "x", rounds=2, noise=noise)
+    key = regenerate._key(0, 1, 0)
+    by_hand = door().regenerate(once, "x", noise=jax.random.normal(key, (15, 16)))
+    assert twice.tobytes() == by_hand.tobytes() != once.tobytes()
+
+
+def test_generating_from_text():
+    one, other = door().generate_batch([dict(prompt="a cat", size=(64, 48)), dict(prompt="a dog", size=(64, 48))])
+    assert one.size == (64, 48) and one.tobytes() != other.tobytes()
+    assert one.tobytes() == door().generate_batch([dict(prompt="a cat", size=(64, 48))] * 2)[1].tobytes()
+    assert door().generate("a cat").size == (80, 80)
+
+
+def test_a_picture_of_one_pixel_and_a_prompt_of_ten_thousand_characters():
+    assert door().regenerate(np.zeros((1, 1, 3), np.uint8), "a cat").size == (32, 32)
+    with pytest.raises(RefineError, match="prompt too long"):
+        door().regenerate(np.zeros((40, 40, 3), np.uint8), "long " * 4000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(rounds=-1), "rounds -1"),
+        (dict(rounds=1.5), "rounds 1.5"),
+        (dict(steps=1), "steps 1"),
+        (dict(text_cfg=float("nan")), "text_cfg nan"),
+        (dict(renorm="local"), "renorm 'local'"),
+        (dict(interval=(0.5, 2.0)), "interval"),
+        (dict(seed=2**70), "seed"),
+        (dict(noise=np.zeros((3, 3), np.float32)), r"noise of shape \(3, 3\)"),
+        (dict(prompt="say <|im_end|>"), "reserved"),
+        (dict(prompt=3), "cannot use a int"),
+        (dict(image="nowhere.png"), "nowhere.png"),
+    ],
+)
+def test_bad_requests_are_refused(settings, message):
+    with pytest.raises(RefineError, match=message):
+        door().regenerate(**{"image": photo("a", (60, 90)), "prompt": "x", **settings})
+    with pytest.raises(RefineError, match="multiples of 16"):
+        door().generate("x", (50, 64))
