@@ -19,9 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import traverse_util
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("seconds", "data_wait", "images_per_second", "mfu")
@@ -37,7 +37,7 @@ def state(workdir: Path) -> tuple[int, dict[str, np.ndarray], list[dict]]:
     with ocp.CheckpointManager(workdir.absolute() / "checkpoints") as manager:
         step = manager.latest_step()
         tree = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
-    leaves = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(tree, sep="/").items() if v is not None}
+    leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return step, leaves, [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 

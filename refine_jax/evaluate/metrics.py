@@ -42,6 +42,21 @@ def background_error(picture: np.ndarray, original: np.ndarray, alpha: np.ndarra
     return int(np.count_nonzero(changed & (np.asarray(alpha) == 0)))
 
 
+def seam_error(picture: np.ndarray, target: np.ndarray, alpha: np.ndarray) -> float:
+    """Mean |∇picture − ∇target| (0…255) where the paste-back's weight `alpha [H, W]` is neither 0 nor 1.
+
+    ∇: differences of neighbours along both axes; a pair counts where either pixel is in the band. NaN without a band.
+    """
+    error = np.asarray(picture, np.float64) - np.asarray(target, np.float64)
+    band = (np.asarray(alpha) > 0) & (np.asarray(alpha) < 1)
+    found = []
+    for axis in (0, 1):
+        first, second = (np.moveaxis(band, axis, 0)[part] for part in (slice(None, -1), slice(1, None)))
+        found.append(np.abs(np.moveaxis(np.diff(error, axis=axis), axis, 0))[first | second])
+    found = np.concatenate(found)
+    return float(found.mean()) if len(found) else float("nan")
+
+
 def plain(text: str) -> str:
     """What of a text counts when readings are compared: no case, no white space (neither is certain in a crop)."""
     return "".join(text.split()).casefold()
