@@ -31,6 +31,14 @@ def _positive(text: str) -> int:
     return value
 
 
+def _size(text: str) -> tuple[int, int]:
+    try:
+        width, height = (int(side) for side in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give WIDTHxHEIGHT in pixels") from None
+    return width, height
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, like every other error."""
 
@@ -84,6 +92,45 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     refine.add_argument("--output", metavar="F", help="where to write (default: refined.png)")
     refine.add_argument("--compare", metavar="F", help="also write a before/after picture, zoomed on the region")
     refine.add_argument("--quiet", action="store_true", help="no progress")
+
+    regenerate = commands.add_parser(
+        "regenerate",
+        allow_abbrev=False,
+        help="paint a whole picture anew so that it shows what its prompt says",
+        description="Refinement via regeneration: the picture is made anew from its prompt and what the model sees of "
+        "it; nothing is kept by force.",
+    )
+    regenerate.add_argument("--image", metavar="F", required=True, help="picture to regenerate")
+    regenerate.add_argument("--rounds", metavar="N", type=int, default=1, help="repeat so often (default: %(default)s)")
+    regenerate.add_argument("--image-cfg", metavar="S", type=float, help="guidance by the context without the picture")
+    generate = commands.add_parser(
+        "generate",
+        allow_abbrev=False,
+        help="paint a picture from text alone",
+        description="Paint what the prompt says: the initial picture that `refine-jax regenerate` improves.",
+    )
+    generate.add_argument("--size", metavar="WxH", type=_size, help="in pixels (default: the model's largest square)")
+    for painting, output in ((regenerate, "regenerated.png"), (generate, "generated.png")):
+        painting.add_argument("--prompt", metavar="T", required=True, help="what the picture should show")
+        painting.add_argument("--model", metavar="FOLDER|OWNER/NAME", required=True, help="BAGEL, RvR or your own")
+        painting.add_argument("--weights", choices=("rvr", "ema"), help="where a released folder holds both")
+        painting.add_argument(
+            "--lora", metavar="F[:WEIGHT]", action="append", default=[], help="LoRA weights; repeatable"
+        )
+        painting.add_argument(
+            "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
+        )
+        painting.add_argument(
+            "--steps", metavar="N", type=_positive, help="points of the time grid (default: the model's)"
+        )
+        painting.add_argument(
+            "--text-cfg", metavar="S", type=float, help="guidance by the prompt (default: the model's)"
+        )
+        painting.add_argument("--renorm", choices=("text_channel", "channel", "global"), help="default: the model's")
+        painting.add_argument("--shift", metavar="S", type=float, help="of the time grid (default: the model's)")
+        painting.add_argument("--seed", metavar="N", type=int, default=0, help="of the noise (default: %(default)s)")
+        painting.add_argument("--output", metavar="F", default=output, help="where to write (default: %(default)s)")
+        painting.add_argument("--quiet", action="store_true", help="no progress")
 
     convert = commands.add_parser(
         "convert",
@@ -196,6 +243,34 @@ def _refine(args: argparse.Namespace) -> None:
         print(f"wrote {compare} (before, after)")
 
 
+def _regenerate(args: argparse.Namespace) -> None:
+    from refine_jax.images import check_output, read_picture, save_picture
+
+    if args.command == "regenerate":
+        read_picture(args.image)
+    check_output(args.output, name="--output")
+
+    from refine_jax.regenerate import Regenerator
+
+    regenerator = Regenerator.load(
+        args.model,
+        dtype=args.dtype,
+        weights=args.weights,
+        lora=[_weighted(text) for text in args.lora],
+        progress=not args.quiet,
+    )
+    names = ("steps", "text_cfg", "renorm", "shift", "seed")
+    settings = {name: getattr(args, name) for name in names} | {"progress": not args.quiet}
+    if args.command == "generate":
+        result = regenerator.generate(args.prompt, args.size, **settings)
+    else:
+        result = regenerator.regenerate(
+            args.image, args.prompt, rounds=args.rounds, image_cfg=args.image_cfg, **settings
+        )
+    save_picture(result, args.output, "--output")
+    print(f"wrote {args.output} ({result.width}x{result.height})")
+
+
 def _weighted(text: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT."""
     file, colon, weight = text.rpartition(":")
@@ -276,6 +351,8 @@ def _main(argv: list[str]) -> int:
         overrides = _overrides(args.command, rest)
         if args.command == "refine":
             _refine(args)
+        elif args.command in ("regenerate", "generate"):
+            _regenerate(args)
         elif args.command == "convert":
             _convert(args)
         elif args.command == "train":

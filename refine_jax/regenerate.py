@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import numbers
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,9 +18,10 @@ import numpy as np
 from flax import linen as nn
 from PIL import Image
 
-from refine_jax import bagel, conditioning, flow, images, parallel, prompts
+from refine_jax import bagel, conditioning, flow, images, loading, parallel, prompts
 from refine_jax.bagel import BagelModel
 from refine_jax.errors import RefineError
+from refine_jax.loading import LoraLike
 from refine_jax.model import ModelConfig, Size
 from refine_jax.models.bagel import latent_position_ids
 from refine_jax.progress import Progress
@@ -182,13 +184,13 @@ class _Request:
     """One request, decoded: `bucket` is what requests of a batch share."""
 
     picture: images.Picture | None
-    ids: np.ndarray
+    ids: Any
     rounds: int
     text_cfg: float
     image_cfg: float
     seed: int
     noise: Any
-    spec: BagelSpec
+    spec: Any
     length: int
 
     @property
@@ -197,7 +199,10 @@ class _Request:
 
 
 class Regenerator:
-    """A loaded model that paints pictures anew (RvR) or from text. Make one with `Regenerator.load`."""
+    """A loaded model that paints pictures anew (RvR) or from text. Make one with `Regenerator.load`.
+
+    This class is BAGEL's; `MMDiTRegenerator` is the same door to the Qwen-Image MMDiT.
+    """
 
     def __init__(
         self,
@@ -215,9 +220,47 @@ class Regenerator:
         self.variables = jax.device_put(dict(variables))
         self.lora = jax.device_put(dict(lora or {}))
         self.tokenizer = tokenizer
-        self._marks = bagel.Marks.of(tokenizer)
         self._mesh, self._rules = mesh, rules
         self._progress = Progress()
+
+    @classmethod
+    def load(
+        cls,
+        model: str | os.PathLike = "tiny",
+        *,
+        vae_sides: Size | None = None,
+        vit_sides: Size | None = None,
+        dtype: str = "float32",
+        weights: str | None = None,
+        lora: LoraLike | Sequence[LoraLike] = (),
+        merge_lora: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: parallel.Rules = parallel.DEFAULT_RULES,
+        progress: bool = False,
+    ) -> "Regenerator":
+        """Load a model that regenerates: a model folder, a BAGEL or RvR folder as released, or a name of the model hub.
+
+        vae_sides, vit_sides: longest and shortest side of an image as it is painted and as the tower sees it (default:
+        the model's; released 1024, 512 and 980, 224). dtype: "float32" or "bfloat16", of weights and computation.
+        weights: "rvr" or "ema", where a released folder holds both. lora, merge_lora, mesh, rules: as `Refiner.load`.
+
+        Raises `RefineError` for an unknown model, a damaged folder, a model that refines regions.
+        """
+        loaded = loading.load(
+            model,
+            dtype=dtype,
+            vae_sides=vae_sides,
+            vit_sides=vit_sides,
+            weights=weights,
+            adapters=lora,
+            merge=merge_lora,
+            mesh=mesh,
+            rules=rules,
+            progress=progress,
+            wanted=("regenerating", "rvr", "rvr_vae"),
+        )
+        kind = Regenerator if isinstance(loaded.config, BagelModel) else MMDiTRegenerator
+        return kind(loaded.config, loaded.variables, loaded.tokenizer, loaded.lora, mesh=mesh, rules=rules)
 
     def regenerate(
         self,
@@ -312,15 +355,12 @@ class Regenerator:
     # ------------------------------------------------------------------------------------------------- reading requests
 
     def _read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> _Request:
-        if not isinstance(rounds, numbers.Integral) or not 0 <= rounds <= 100:
-            raise RefineError(f"rounds {rounds!r}: give a whole number from 0 to 100")
+        rounds = _whole("rounds", rounds, 0, 100)
         picture = images.read_picture(image)
         width, height = picture.size
         size = self.model.painted_size((height, width))
         seen = self.model.seen_size(size)
-        return self._request(
-            picture, self.model.prompt.replace("{}", self._text(prompt)), int(rounds), size, seen, settings
-        )
+        return self._request(picture, self.model.prompt.replace("{}", _text(prompt)), rounds, size, seen, settings)
 
     def _read_generation(self, prompt: str, size: tuple[int, int] | None = None, **settings: Any) -> _Request:
         model = self.model
@@ -337,12 +377,7 @@ class Regenerator:
             "interval": settings.get("interval") or model.generate_interval,
             "image_cfg": 1.0,
         }
-        return self._request(None, self._text(prompt), 1, (height, width), None, settings)
-
-    def _text(self, prompt: Any) -> str:
-        if not isinstance(prompt, str):
-            raise RefineError(f"prompt: cannot use a {type(prompt).__name__}; give a text")
-        return prompt
+        return self._request(None, _text(prompt), 1, (height, width), None, settings)
 
     def _request(
         self,
@@ -360,9 +395,7 @@ class Regenerator:
         given = {name: value for name, value in settings.items() if value is not None}
         grid = model.grid(size)
         latent_position_ids(grid, model.bagel)  # refuses what is too large
-        steps = given.get("steps", model.steps)
-        if not isinstance(steps, numbers.Integral) or not 2 <= steps <= 1000:
-            raise RefineError(f"steps {steps!r}: give a whole number from 2 to 1000; they are points of the time grid")
+        steps = _whole("steps", given.get("steps", model.steps), 2, 1000)
         value = {}
         for name, (low, high) in _NUMBERS.items():
             number = given.get(name, getattr(model, name))
@@ -375,9 +408,7 @@ class Regenerator:
         interval = tuple(given.get("interval", model.interval))
         if len(interval) != 2 or not all(isinstance(t, numbers.Real) and 0 <= t <= 1 for t in interval):
             raise RefineError(f"interval {interval!r}: give two times (lo, hi) within 0 and 1")
-        seed = given.get("seed", 0)
-        if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**63:
-            raise RefineError(f"seed {seed!r}: give a whole number of at most 64 bits")
+        seed = _whole("seed", given.get("seed", 0), -(2**63), 2**63 - 1)
         noise = given.get("noise")
         shape = (grid[0] * grid[1], model.bagel.latent_dim)
         if noise is not None and tuple(noise.shape) != shape:
@@ -387,7 +418,7 @@ class Regenerator:
         spec = BagelSpec(
             size=size,
             seen=seen,
-            steps=int(steps),
+            steps=steps,
             shift=value["shift"],
             renorm=renorm,
             renorm_min=value["renorm_min"],
@@ -396,7 +427,7 @@ class Regenerator:
             image_guided=text_guided and value["image_cfg"] > 1,
         )
         length = prompts.bucket_length(len(ids), _LENGTHS)
-        return _Request(picture, ids, rounds, value["text_cfg"], value["image_cfg"], int(seed), noise, spec, length)
+        return _Request(picture, ids, rounds, value["text_cfg"], value["image_cfg"], seed, noise, spec, length)
 
     # ------------------------------------------------------------------------------------------------- running a bucket
 
@@ -430,11 +461,11 @@ class Regenerator:
             if self._mesh is not None:
                 stack.enter_context(jax.set_mesh(self._mesh))
                 stack.enter_context(nn.logical_axis_rules(self._rules))
-            pictures = None
+            pictures, marks = None, bagel.Marks.of(self.tokenizer)
             if spec.seen is not None:
                 system = bagel.text_ids(self.tokenizer, self.model.system)
                 inputs["system"] = _padded([system] * len(padded), len(system))
-                pictures = self._canvases([m.picture for m in padded], spec.size)
+                pictures = _fit(*_canvases([m.picture for m in padded]), spec.size)
             for number in range(rounds):
                 if spec.seen is not None:
                     inputs["pictures"] = pictures
@@ -442,18 +473,16 @@ class Regenerator:
                 inputs["noise"] = jnp.stack([self._noise(m, number) for m in padded])
                 with self._progress.show(spec.steps - 1) if progress else contextlib.nullcontext():
                     pictures = bagel_program(
-                        self.variables, self.lora, inputs, model=self.model, marks=self._marks, spec=spec
+                        self.variables,
+                        self.lora,
+                        inputs,
+                        model=self.model,
+                        marks=marks,
+                        spec=spec,
                     ).pictures
                     if progress:
                         pictures.block_until_ready()
             return list(parallel.fetch(pictures)[: len(members)])
-
-    def _canvases(self, pictures: list[images.Picture], size: Size) -> jax.Array:
-        """The pictures at the size of their painting, on the device."""
-        side = [canvas_side(max(p.rgb.shape[axis] for p in pictures)) for axis in (0, 1)]
-        spare = lambda p: [(0, side[0] - p.rgb.shape[0]), (0, side[1] - p.rgb.shape[1]), (0, 0)]
-        boxes = np.array([[0, 0, *p.size] for p in pictures], np.int32)
-        return _fit(np.stack([np.pad(p.rgb, spare(p)) for p in pictures]), boxes, size)
 
     def _noise(self, request: _Request, number: int) -> jax.Array:
         grid = self.model.grid(request.spec.size)
@@ -461,6 +490,72 @@ class Regenerator:
             return jnp.asarray(request.noise, jnp.float32)
         key = _key(request.seed, number, 0)
         return jax.random.normal(key, (grid[0] * grid[1], self.model.bagel.latent_dim), jnp.float32)
+
+
+class MMDiTRegenerator(Regenerator):
+    """RvR on the Qwen-Image MMDiT: a model of conditioning "rvr".
+
+    Requests as `Regenerator`'s, but: text_cfg is the true CFG scale, away from the model's negative prompt; noise is
+    unpacked, `[h, w, C]`; there is no image's guidance, renorm, interval, shift, and no text to image.
+    """
+
+    def _read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> _Request:
+        model = self.model
+        given = {name: value for name, value in settings.items() if value is not None}
+        if unknown := sorted(set(given) - {"steps", "text_cfg", "seed", "noise"}):
+            raise RefineError(f"{unknown[0]}: this model, an MMDiT, has no such setting; leave it out")
+        rounds = _whole("rounds", rounds, 0, 100)
+        picture = images.read_picture(image)
+        size = model.vae_size(picture.size[0] / picture.size[1])
+        ratio = size[1] / size[0]
+        scale = given.get("text_cfg", model.true_cfg_scale)
+        if not isinstance(scale, numbers.Real) or not 0 <= scale <= 1e3:
+            raise RefineError(f"text_cfg {scale!r}: give a number from 0 to 1000")
+        shape, noise = (*model.latent_size(size), model.vae.z_dim), given.get("noise")
+        if noise is not None and tuple(noise.shape) != shape:
+            raise RefineError(f"noise of shape {tuple(noise.shape)}: the latents are {shape} (h, w, C)")
+        encode = lambda text: prompts.encode_prompt(
+            self.tokenizer, model.prompt, text, [model.vl_grid(ratio)], model.vl.vision.spatial_merge_size
+        )
+        ids = [encode(_text(prompt))] + ([encode(model.negative_prompt)] if scale > 1 else [])
+        steps = _whole("steps", given.get("steps", model.steps), 1, 1000)
+        spec = (MMDiTSpec(size, model.vl_sizes(ratio)), steps, len(ids))
+        seed = _whole("seed", given.get("seed", 0), -(2**63), 2**63 - 1)
+        length = prompts.bucket_length(max(map(len, ids)), TEXT_BUCKETS)
+        return _Request(picture, ids, rounds, float(scale), 1.0, seed, noise, spec, length)
+
+    def _read_generation(self, *_: Any, **__: Any) -> _Request:
+        raise RefineError("generate: this model, an MMDiT, reads a picture; use a BAGEL model to paint from text alone")
+
+    def _run(self, spec: Any, rounds: int, length: int, members: list[_Request], progress: bool) -> list[np.ndarray]:
+        spec, steps, texts = spec
+        padded = members + [members[0]] * ((1 << (len(members) - 1).bit_length()) - len(members))
+        batch = lambda k: vars(prompts.pad_prompts([m.ids[k] for m in padded], length))
+        grid = self.model.latent_size(spec.size)
+        inputs = {
+            "prompt": batch(0),
+            "sigmas": flow.schedule(self.model.scheduler, steps, grid[0] * grid[1] // self.model.mmdit.patch_size**2),
+            "true_cfg_scale": np.array([m.text_cfg for m in padded], np.float32),
+            "noise": jnp.stack([jnp.stack([self._noise(m, number) for m in padded]) for number in range(rounds)]),
+        }
+        if texts > 1:
+            inputs["negative"] = batch(1)
+        inputs["pictures"], inputs["box"] = _canvases([m.picture for m in padded])
+        with contextlib.ExitStack() as stack:
+            if progress:
+                spec = dataclasses.replace(spec, report=self._progress.step)
+                stack.enter_context(self._progress.show(steps))
+            if self._mesh is not None:
+                stack.enter_context(jax.set_mesh(self._mesh))
+                stack.enter_context(nn.logical_axis_rules(self._rules))
+            made = mmdit_program(self.variables, self.lora, inputs, model=self.model, spec=spec)
+            return list(parallel.fetch(made.pictures)[: len(members)])
+
+    def _noise(self, request: _Request, number: int) -> jax.Array:
+        if request.noise is not None and number == 0:
+            return jnp.asarray(request.noise, jnp.float32)
+        shape = (*self.model.latent_size(request.spec[0].size), self.model.vae.z_dim)
+        return jax.random.normal(_key(request.seed, number, 0), shape, jnp.float32)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
@@ -481,3 +576,24 @@ def _key(seed: int, number: int, purpose: int) -> jax.Array:
 def _padded(rows: Sequence[np.ndarray], length: int) -> bagel.Prompt:
     ids = np.stack([np.pad(row, (0, length - len(row))) for row in rows])
     return bagel.Prompt(ids, np.array([len(row) for row in rows], np.int32))
+
+
+def _canvases(pictures: Sequence[images.Picture]) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures in the corners of canvases of one size `[B, H, W, 3] uint8`, and where they lie there `[B, 4] int32`."""
+    side = [canvas_side(max(p.rgb.shape[axis] for p in pictures)) for axis in (0, 1)]
+    spare = lambda p: [(0, side[0] - p.rgb.shape[0]), (0, side[1] - p.rgb.shape[1]), (0, 0)]
+    return np.stack([np.pad(p.rgb, spare(p)) for p in pictures]), np.array(
+        [[0, 0, *p.size] for p in pictures], np.int32
+    )
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= value <= high:
+        raise RefineError(f"{name} {value!r}: give a whole number from {low} to {high}")
+    return int(value)
+
+
+def _text(prompt: Any) -> str:
+    if not isinstance(prompt, str):
+        raise RefineError(f"prompt: cannot use a {type(prompt).__name__}; give a text")
+    return prompt

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_bagel as reference
+import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from refine_jax import bagel, flow, regenerate
+from refine_jax import bagel, checkpoint, flow, prompts, regenerate
 from refine_jax.bagel import BagelModel, Guidance, LatentImage, Marks, Prompt
+from refine_jax.cli import main
 from refine_jax.convert import keys_flux_vae
 from refine_jax.convert.mapping import reference_shapes, to_tree
 from refine_jax.errors import RefineError
@@ -255,3 +258,52 @@ def test_bad_requests_are_refused(settings, message):
         door().regenerate(**{"image": photo("a", (60, 90)), "prompt": "x", **settings})
     with pytest.raises(RefineError, match="multiples of 16"):
         door().generate("x", (50, 64))
+
+
+# ------------------------------------------------------------------------------------ both carriers, from a folder
+
+
+def saved(folder, model, variables):
+    checkpoint.save_model(folder, model.to_manifest(), variables)
+    ModelConfig.byte_tokenizer(folder / "tokenizer")
+    return folder
+
+
+def test_the_command_paints_what_the_door_does(tmp_path, capsys):
+    folder = saved(tmp_path / "model", door().model, door().variables)
+    Image.fromarray(photo("a", (60, 90))).save(tmp_path / "a.png")
+    common = ["--prompt", "two cups", "--model", str(folder), "--quiet", "--seed", "5"]
+    output = str(tmp_path / "out.png")
+    assert main(["regenerate", "--image", str(tmp_path / "a.png"), "--rounds", "2", *common, "--output", output]) == 0
+    expected = door().regenerate(photo("a", (60, 90)), "two cups", rounds=2, seed=5)
+    assert Image.open(output).tobytes() == expected.tobytes()
+    assert main(["generate", "--size", "64x48", *common, "--output", output]) == 0
+    assert Image.open(output).tobytes() == door().generate("two cups", (64, 48), seed=5).tobytes()
+    capsys.readouterr()
+    assert main(["refine", "--image", output, "--box", "0,0,9,9", "--prompt", "x", "--model", str(folder)]) == 2
+    assert "regenerates whole pictures" in capsys.readouterr().err
+
+
+def test_the_mmdit_behind_the_same_door(tmp_path):
+    tokenizer = ModelConfig.byte_tokenizer()
+    template = prompts.for_tokenizer(prompts.TEMPLATES["rvr-inference"], tokenizer)
+    areas = dict(vae_area=32 * 32, condition_area=32 * 32)
+    model = dataclasses.replace(toy.model_config(), conditioning="rvr", prompt=template, steps=2, **areas)
+    folder = saved(tmp_path / "model", model, toy.random_variables(model, 3))
+    regenerator = Regenerator.load(folder)
+    requests = [
+        dict(image=photo("a", (40, 40)), prompt="two red cups", seed=1, rounds=2),
+        dict(image=photo("b", (41, 41)), prompt="一只猫", seed=2, rounds=2),
+    ]
+    together = regenerator.regenerate_batch(requests)
+    for request, one in zip(requests, together):
+        alone = np.asarray(regenerator.regenerate(**request)).astype(int)
+        assert np.abs(alone - np.asarray(one)).max() <= 1
+    first = regenerator.regenerate(**{**requests[0], "rounds": 1})
+    assert first.tobytes() != together[0].tobytes()
+    with pytest.raises(RefineError, match="image_cfg: this model"):
+        regenerator.regenerate(**requests[0], image_cfg=2.0)
+    with pytest.raises(RefineError, match="reads a picture"):
+        regenerator.generate("a cat")
+    with pytest.raises(RefineError, match="regenerating: this model has conditioning 'refine'"):
+        Regenerator.load("tiny")
