@@ -2,7 +2,7 @@
 regeneration."""
 
 __version__ = "0.1.0"
-__all__ = ["RefineError", "Refiner", "__version__"]
+__all__ = ["RefineError", "Refiner", "Regenerator", "__version__"]
 
 
 def __getattr__(name: str):
@@ -11,6 +11,10 @@ def __getattr__(name: str):
         from refine_jax.refine import Refiner
 
         return Refiner
+    if name == "Regenerator":
+        from refine_jax.regenerate import Regenerator
+
+        return Regenerator
     if name == "RefineError":
         from refine_jax.errors import RefineError
 
