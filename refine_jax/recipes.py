@@ -70,3 +70,6 @@ def edit_lora(variant: str, topology: str, mesh: dict[str, int], **changes: obje
 
 # Weights lie on all chips of a slice, also on those that share a sample: no chip keeps what another has.
 SPREAD = dict(embed=("fsdp", "context"), lora_rank=("fsdp", "context"))
+# For full fine-tuning: weights, moments and gradients lie on all chips although the batch is split over two mesh axes,
+# rows over `fsdp`, columns over `data`. On a torus of three axes the compiler has no reduce-scatter over all of them.
+WHOLE = dict(heads="data", mlp="data", time="data")

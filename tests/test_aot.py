@@ -171,6 +171,41 @@ def test_a_tpu_programs_text():
     assert collective.what == "jit(step)/blocks"
 
 
+SCATTER = """\
+HloModule step, is_scheduled=true
+
+%all-reduce-scatter.1 (input: bf16[64,128]) -> bf16[16,128] {
+  %input = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %sum = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  %table = u32[4]{0:T(128)} constant({...})
+  %id = u32[] partition-id()
+  %place = u32[1]{0:T(128)} dynamic-slice(%table, %id), dynamic_slice_sizes={1}
+  %start = u32[]{:T(128)} bitcast(%place)
+  %zero = u32[] constant(0)
+  ROOT %part = bf16[16,128]{1,0:T(8,128)(2,1)} dynamic-slice(%sum, %start, %zero), dynamic_slice_sizes={16,128}
+}
+
+ENTRY %main (a: bf16[64,128], b: s32[]) -> (bf16[16,128], bf16[16,128]) {
+  %a = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %mine = bf16[16,128]{1,0:T(8,128)(2,1)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1, \
+metadata={op_name="jit(step)/gradient"}
+  %whole = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%a), replica_groups={{0,1,2,3}}, to_apply=%add
+  %cut = bf16[16,128]{1,0:T(8,128)(2,1)} dynamic-slice(%whole, %b, %zero), dynamic_slice_sizes={16,128}
+  ROOT %out = (bf16[16,128]{1,0}, bf16[16,128]{1,0}) tuple(%mine, %cut)
+}
+"""
+
+
+def test_a_sum_and_a_slice_in_one_fusion_are_a_reduce_scatter():
+    scattered, summed = hlo.Module(SCATTER).work().collectives
+    size = 64 * 128 * 2
+    assert (scattered.kind, scattered.bytes, scattered.what) == ("reduce-scatter", size * 3 / 4, "jit(step)/gradient")
+    assert (summed.kind, summed.bytes) == ("all-reduce", 2 * size * 3 / 4)
+    assert scattered.shapes == summed.shapes == (("bf16", (64, 128)),)
+
+
 def test_products_written_as_convolutions():
     """Batch dimensions of a product become a spreading window that meets one element an output."""
     spread = {"size": "8", "stride": "7", "pad": "0_0", "lhs_dilate": "8"}
@@ -183,7 +218,8 @@ def test_products_written_as_convolutions():
 
 
 def compile_for_a_tpu() -> None:
-    """Runs in a process of its own: a LoRA step of a few small blocks, compiled for four chips; prints its report."""
+    """Runs in a process of its own: a LoRA step of a few small blocks, and the sampler of the same model, compiled for
+    four chips; prints their reports."""
     import aot
 
     # From a cache: neither VAE nor encoder are in the program. 1 024 image tokens are enough for the kernel.
@@ -198,6 +234,10 @@ def compile_for_a_tpu() -> None:
     report, text = aot.analyse(config, "edit_debug", "v5e:2x2", "train", mesh, made)
     print(aot.row(report))
     print(json.dumps(dataclasses.asdict(report) | {"splash": text.count("splash_mha_fwd")}))
+    made = aot.lower_sample(config, mesh, model, config.data.buckets[0])
+    report, text = aot.analyse(config, "edit_debug", "v5e:2x2", "sample", mesh, made)
+    print(aot.row(report))
+    print(json.dumps(dataclasses.asdict(report) | {"splash": text.count("splash_mha_fwd")}))
 
 
 def run_here(code: str) -> subprocess.CompletedProcess:
@@ -209,12 +249,16 @@ def run_here(code: str) -> subprocess.CompletedProcess:
 def test_a_step_compiles_for_a_tpu_that_is_not_there():
     done = run_here("import test_aot; test_aot.compile_for_a_tpu()")
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    lines = done.stdout.splitlines()
+    report, sample = json.loads(lines[-3]), json.loads(lines[-1])
     assert report["chips"] == 4 and report["chip"] == "TPU v5 lite" and report["splash"] >= 1
     assert report["whole"] == [] and 0 < report["argument_bytes"] < report["peak_bytes"] < report["hbm_bytes"]
     # The kernel's own FLOPs, padded and with the scores computed again, are more than the objective needs.
     assert 0 < report["needed_attention"] < report["done_attention"] < report["done_flops"]
     assert report["collective_bytes"]["all-gather"] > 0 and report["compute_seconds"] > 0
+    assert lines[-2].startswith("| edit_debug | sample | v5e:2x2 (4) |") and " a picture |" in lines[-2]
+    assert sample["splash"] >= 1 and sample["collective_bytes"]["all-gather"] > 0
+    assert 0 < sample["needed_attention"] < sample["done_attention"] and sample["peak_bytes"] < sample["hbm_bytes"]
 
 
 def test_a_topology_that_does_not_exist():

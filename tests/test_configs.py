@@ -34,7 +34,8 @@ def test_a_recipe_fits_its_hardware(path):
         kind, _, shape = config.topology.partition(":")
         assert kind == hardware.split("_")[0] and shape in CHIPS[chips]
         assert any(chip.name == kind for chip in flops.CHIPS.values())
-    rows = config.batch_size // (config.mesh.get("fsdp", 1) * config.optimizer.accumulate)
+    ways = config.mesh.get("fsdp", 1) * config.mesh.get("data", 1)
+    rows = config.batch_size // (ways * config.optimizer.accumulate)
     assert rows == 1, "a sample at a time on a device, or on those that share it"
     # What the mesh splits is divided evenly in every bucket: no device computes what another does.
     mmdit, ways = PUBLISHED[config.variant].mmdit, config.mesh.get("context", 1)

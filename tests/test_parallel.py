@@ -148,7 +148,7 @@ def eight_devices(pairs: list[dict]) -> None:
     """
     import numpy as np
 
-    from refine_jax import objectives
+    from refine_jax import objectives, recipes
 
     variables = toy.random_variables(toy.model_config(), 3)
     folder = sys.argv[1]
@@ -169,9 +169,9 @@ def eight_devices(pairs: list[dict]) -> None:
     adapter = make(lora=dict(rank=4, alpha=8.0, targets="blocks/attn/to_(q|k|v|out)"))[0]
     key = jax.random.key(1)
 
-    def run(objective, batch, axes):
+    def run(objective, batch, axes, changed=None):
         mesh = parallel.make_mesh(axes, jax.devices()[: 8 if axes else 1])
-        rules = parallel.make_rules()
+        rules = parallel.make_rules(changed)
         boxes = jax.eval_shape(objective.init, jax.random.key(0))
         declared = parallel.param_shardings(boxes, mesh, rules)
         draw = iter(jax.random.split(jax.random.key(5), 100))
@@ -200,18 +200,21 @@ def eight_devices(pairs: list[dict]) -> None:
             constraints=lowered.as_text().count("sharding_constraint"),
         )
 
-    plans = {"mmdit": (objective, encoded, [*ALONE, *pairs])}
-    plans |= {"whole": (whole, pixels, [several]), "lora": (adapter, encoded, [several])}
+    plain = [(axes, None) for axes in [*ALONE, *pairs]]
+    # As in full fine-tuning: weights over both axes of the batch, gathered in turn.
+    plans = {"mmdit": (objective, encoded, [*plain, (dict(data=2, fsdp=4), recipes.WHOLE)])}
+    plans |= {"whole": (whole, pixels, [(several, None)]), "lora": (adapter, encoded, [(several, None)])}
     for name, (trained, batch, meshes) in plans.items():
         one = run(trained, batch, {})
-        for axes in meshes:
-            eight = run(trained, batch, axes)
+        for axes, changed in meshes:
+            eight = run(trained, batch, axes, changed)
             apart = jax.tree.map(
                 lambda a, b: float(np.abs(a - b).max() / np.abs(a).max()) if np.abs(a).max() > 1e-6 else 0.0,
                 one["grads"],
                 eight.pop("grads"),
             )
             eight |= dict(one=one["loss"], gradients=max(jax.tree.leaves(apart)), name=name, axes=axes)
+            eight |= dict(rules=list(changed or ()))
             print(json.dumps(eight), flush=True)
 
 
@@ -233,7 +236,10 @@ def test_eight_devices_compute_what_one_does(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(ALONE) + len(SOME_PAIRS) + 2
+    assert len(found) == len(ALONE) + len(SOME_PAIRS) + 3
+    [spread] = [line for line in found if line["rules"]]
+    [usual] = [line for line in found if line["axes"] == spread["axes"] and not line["rules"]]
+    assert spread["split"] > usual["split"] and spread["constraints"] > usual["constraints"]
     for line in found:
         assert abs(line["loss"] - line["one"]) <= 1e-5 * abs(line["one"]), line
         assert line["gradients"] <= 1e-5 and line["as_declared"], line

@@ -2,13 +2,13 @@
 
     python tools/aot.py configs/edit_2511_v6e_16.py --topology v6e:4x4
     python tools/aot.py configs/edit_2511_v6e_16.py --topology v6e:4x4 --program sample --json
-    python tools/aot.py --all                      # every shipped configuration: docs/pods.json, docs/pods.md
+    python tools/aot.py --all                      # every shipped configuration, and the sampler: docs/pods.json, .md
 
 Needs libtpu (the extra `tpu`), no TPU and no weights: the program is built from shapes. Prints, a chip: bytes of
 arguments, temporaries and the peak; FLOPs done and needed; bytes moved to memory and by each kind of collective; the
 roofline time of a step and the bound on MFU that follows; and whether trained state and gradients are really split.
 A program of 60 blocks compiles in two to four minutes on two cores. `--all` keeps what it has measured of unchanged
-configurations and can be stopped at any time.
+programs and can be stopped at any time.
 """
 
 import argparse
@@ -36,19 +36,33 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import linen as nn
+from flax import traverse_util
 from flax.linen import meta
 from tqdm import tqdm
 
-from refine_jax import checkpoint, flops, loading, objectives, parallel, train
+from refine_jax import checkpoint, flops, loading, objectives, parallel, prompts, train
 from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig
-from refine_jax.refine import Spec, refine_program
+from refine_jax.models.layers import init_lora
+from refine_jax.refine import TEXT_BUCKETS, Spec, refine_program
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 TABLE = ROOT / "docs" / "pods.md"
 MEASURED = ROOT / "docs" / "pods.json"
+PROGRAMS = ("train", "sample")
+# The sampler as the released adapters ask for it: RefineAnything's (rank 256) and Lightning's (rank 64, on every dense
+# layer of a block, 8 steps without guidance), both applied live; a reference in every request.
 SAMPLER_STEPS = 8
+ADAPTERS = ((r"blocks/attn/(to_q|to_k|to_v|to_out)", 256), (r"blocks/.*", 64))
+INSTRUCTION = 64  # tokens of a request's text besides the template's and the pictures'
+# Where `--all` compiles the sampler: a configuration, and what is changed of it. Its own slice gives the most pictures;
+# eight chips on one picture give it soonest.
+SERVED = (
+    ("edit_2511_v5e_64", {}),
+    ("edit_2511_v6e_16", {}),
+    ("edit_2511_v6e_16", {"topology": "v6e:2x4", "mesh": '{"context": 2, "tensor": 4}', "batch_size": "1"}),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +156,18 @@ def lower_train(
 def lower_sample(
     config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, model: ModelConfig, size: tuple[int, int]
 ) -> Lowered:
-    """The refinement of `batch_size` crops in as many pictures, each with a reference, in 8 steps without guidance."""
+    """The refinement of `batch_size` crops in as many pictures, each with a reference, in `SAMPLER_STEPS` steps without
+    guidance, with `ADAPTERS`."""
     rules = parallel.make_rules(config.rules)
     kinds = dict(dtype=config.dtype, param_dtype=config.dtype)
     parts = {name: dataclasses.replace(getattr(model, name), **kinds) for name in ("mmdit", "vae", "vl")}
     model = dataclasses.replace(model, **parts)
     whole = parallel.replicated(mesh)
     shape = lambda dtype, *sides: jax.ShapeDtypeStruct(sides, dtype, sharding=whole)
-    rows, (height, width), length = config.batch_size, size, config.data.text_length
+    rows, (height, width) = config.batch_size, size
     views = model.vl_sizes(width / height)
+    pictures = 3 * math.prod(model.vl_grid(width / height)) // model.vl.vision.spatial_merge_size**2
+    length = prompts.bucket_length(model.prompt.drop_tokens + pictures + INSTRUCTION, TEXT_BUCKETS)
     spec = Spec((height, width), views, (height, width), views)
     tokens = dict(
         ids=shape(jnp.int32, rows, length),
@@ -177,12 +194,27 @@ def lower_sample(
         meta.unbox(boxed),
         parallel.param_shardings(boxed, mesh, rules),
     )
+    lora = jax.tree.map(lambda leaf: shape(jnp.dtype(config.dtype), *leaf.shape), adapters(model))
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
-        traced = refine_program.trace(variables, {}, inputs, model=model, spec=spec)
+        traced = refine_program.trace(variables, lora, inputs, model=model, spec=spec)
         lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
     plain = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, attention_impl="xla"))
-    run = lambda variables, inputs: refine_program(variables, {}, inputs, model=plain, spec=spec)
-    return Lowered(lowered, lambda: flops.count(run, variables, inputs), None)
+    run = lambda *trees: refine_program(*trees, model=plain, spec=spec)
+    return Lowered(lowered, lambda: flops.count(run, variables, lora, inputs), None)
+
+
+def adapters(model: ModelConfig) -> dict[str, Any]:
+    """Shapes of `ADAPTERS` as `loading` stacks them: along the rank. They are whole on every chip."""
+    base = model.abstract(("mmdit",))["mmdit"]
+    found: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {}
+    for targets, rank in ADAPTERS:
+        made = jax.eval_shape(lambda: init_lora(jax.random.key(0), base, targets, rank))  # noqa: B023
+        for path, leaf in traverse_util.flatten_dict(made).items():
+            axis = -1 if path[-1] == "a" else -2
+            sides = list(leaf.shape)
+            sides[axis] += found[path].shape[axis] if path in found else 0
+            found[path] = jax.ShapeDtypeStruct(tuple(sides), leaf.dtype)
+    return {"mmdit": traverse_util.unflatten_dict(found)}
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -275,8 +307,9 @@ def link_seconds(collective: hlo.Collective, mesh: jax.sharding.Mesh, chip: flop
 
 
 def unsplit(program: train.Program, module: hlo.Module) -> tuple[list[str], float]:
-    """(names of large trained arrays, of their optimizer state and of gradients that stand whole on a chip, bytes of
-    trained state a chip): what is declared, and no result in the compiled program of a split array's whole shape."""
+    """(names of large trained arrays, of their optimizer state and of gradients that are whole on a chip, bytes of
+    trained state a chip): what is declared; and in the compiled program no result of a split array's whole shape, and
+    no sum over chips of a whole layer's gradient, where a reduce-scatter would do with half the traffic."""
     ways = program.mesh.size // math.prod(program.mesh.shape[axis] for axis in ("slice", "data"))
     found, total = [], 0.0
     state = {"params": program.state.params, "opt_state": program.state.opt_state, "ema": program.state.ema}
@@ -287,10 +320,15 @@ def unsplit(program: train.Program, module: hlo.Module) -> tuple[list[str], floa
             found.append(jax.tree_util.keystr(path, simple=True, separator="/"))
     kinds = {"float32": "f32", "bfloat16": "bf16"}
     standing = module.buffers()
+    summed = {shape for one in module.work().collectives if one.kind == "all-reduce" for _, shape in one.shapes}
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.params):
         split = leaf.sharding.shard_shape(leaf.shape) != leaf.shape
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         if leaf.size >= 2**20 and split and (kinds[leaf.dtype.name], leaf.shape) in standing:
-            found.append("gradient of " + jax.tree_util.keystr(path, simple=True, separator="/"))
+            found.append(f"gradient of {name}")
+        layer = leaf.shape[1:] if "/blocks/" in name else leaf.shape
+        if math.prod(layer) >= 2**20 and split and {layer, (1, *layer)} & summed:
+            found.append(f"sum of gradients of {name}")
     return found, total
 
 
@@ -309,7 +347,8 @@ def describe(report: Report) -> str:
         f"moved        memory {report.moved_bytes / 1e9:.0f} GB; {moved or 'no collectives'}",
         f"roofline     compute {report.compute_seconds:.3f} s, memory {report.memory_seconds:.3f} s,"
         f" links {report.link_seconds:.3f} s (most: {report.largest_collective or '-'})",
-        f"MFU          at most {report.mfu(overlapped):.0%} at {overlapped:.2f} s a step, bound by {report.bound};"
+        f"MFU          at most {report.mfu(overlapped):.0%} at {overlapped:.2f} s a"
+        f" {'step' if report.program == 'train' else f'call, {_each(report)} a picture'}, bound by {report.bound};"
         f" {report.mfu(summed):.0%} with nothing hidden",
     ]
     if report.program == "train":
@@ -318,6 +357,10 @@ def describe(report: Report) -> str:
             f" {'whole on every chip: ' + ', '.join(report.whole) if report.whole else 'all of it split'}"
         )
     return "\n".join([*lines, f"compiled in  {report.compile_seconds:.0f} s"])
+
+
+def _each(report: Report) -> str:
+    return f"{report.seconds / report.batch:.2f} s"
 
 
 def _share(report: Report, kind: str) -> float:
@@ -350,7 +393,9 @@ def row(report: Report) -> str:
         f"{report.moved_bytes / 1e9:.0f}",
         moved or "–",
         f"{report.compute_seconds:.2f} / {report.memory_seconds:.2f} / {report.link_seconds:.2f}",
-        f"{report.seconds:.2f} s",
+        f"{report.seconds:.2f} s"
+        if report.program == "train"
+        else f"{report.seconds:.2f} s, {_each(report)} a picture",
         f"{report.mfu(report.seconds):.0%} ({report.bound})",
     ]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
@@ -393,39 +438,46 @@ def shipped() -> list[tuple[Path, str]]:
     return found
 
 
+def programs(program: str) -> list[tuple[str, str, dict[str, str], str]]:
+    """What `--all` compiles: (key in docs/pods.json, configuration, changes of it, program)."""
+    trained = [(path.stem, path.stem, {}, "train") for path, _ in shipped()]
+    sampled = []
+    for name, changes in SERVED:
+        topology = changes.get("topology") or train.load_config(ROOT / "configs" / f"{name}.py").topology
+        sampled.append((f"{name} sample {topology}", name, changes, "sample"))
+    return [item for item in trained + sampled if program in ("both", item[-1])]
+
+
 def _measured() -> dict[str, dict]:
     return json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
 
 
-def measure_all(again: bool, only: str) -> list[Report]:
+def measure_all(again: bool, only: str, program: str) -> list[Report]:
     """Reports of all shipped configurations; what is unchanged since it was measured is taken from docs/pods.json.
 
-    only: an expression; configurations whose names do not match are taken as they stand there, or left out.
+    only: an expression; programs whose keys do not match are taken as they stand there, or left out; so are those of
+    another kind than `program` ("train", "sample", "both").
     """
-    known, reports = _measured(), []
-    for path, topology in tqdm(shipped(), unit="program"):
-        if not re.search(only, path.stem):
-            if path.stem in known:
-                reports.append(Report(**known[path.stem]["report"]))
-            continue
-        config = train.load_config(path)
-        mesh = parallel.make_mesh(dict(config.mesh), described_devices(topology))
-        made = lower(config, mesh, "train", 0)
-        mark = made.mark(topology)
-        if again or known.get(path.stem, {}).get("mark") != mark:
-            report, _ = analyse(config, path.stem, topology, "train", mesh, made)
+    chosen = {item[0] for item in programs(program) if re.search(only, item[0])}
+    for key, name, changes, kind in tqdm([item for item in programs("both") if item[0] in chosen], unit="program"):
+        config = train.load_config(ROOT / "configs" / f"{name}.py", changes)
+        mesh = parallel.make_mesh(dict(config.mesh), described_devices(config.topology))
+        made = lower(config, mesh, kind, 0)
+        mark = made.mark(config.topology)
+        if again or _measured().get(key, {}).get("mark") != mark:
+            report, _ = analyse(config, name, config.topology, kind, mesh, made)
             known = _measured()  # another process may have added to it meanwhile
-            known[path.stem] = {"mark": mark, "report": dataclasses.asdict(report)}
+            known[key] = {"mark": mark, "report": dataclasses.asdict(report)}
             checkpoint.write_text(MEASURED, json.dumps(known, indent=1, sort_keys=True) + "\n")
-        reports.append(Report(**known[path.stem]["report"]))
-    return reports
+    known = _measured()
+    return [Report(**known[key]["report"]) for key, *_ in programs("both") if key in known]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", help="a configuration file")
     parser.add_argument("--topology", help="v5e:8x8, v5p:2x2x2, v6e:4x4, …; default: the configuration's own")
-    parser.add_argument("--program", choices=("train", "sample"), default="train")
+    parser.add_argument("--program", choices=(*PROGRAMS, "both"), help="default: train; with --all: both")
     parser.add_argument("--bucket", type=int, default=0, help="which of the configuration's buckets")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--markdown", action="store_true")
@@ -435,12 +487,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--again", action="store_true", help="with --all: also what is unchanged")
     parser.add_argument(
-        "--only", default="", help="with --all: an expression for names; the others are left as they are"
+        "--only", default="", help="with --all: an expression for keys of docs/pods.json; the others stay as they are"
     )
     args, rest = parser.parse_known_args(argv)
     try:
         if args.all:
-            reports = measure_all(args.again, args.only)
+            reports = measure_all(args.again, args.only, args.program or "both")
             write_table(reports)
         elif args.config:
             overrides = {}
@@ -454,11 +506,15 @@ def main(argv: list[str] | None = None) -> int:
             if not topology:
                 raise RefineError("--topology: this configuration names none; give one such as v6e:4x4")
             mesh = parallel.make_mesh(dict(config.mesh), described_devices(topology))
-            made = lower(config, mesh, args.program, args.bucket)
-            report, text = analyse(config, Path(args.config).stem, topology, args.program, mesh, made)
-            if args.text:
-                checkpoint.write_text(args.text, text)
-            reports = [report]
+            reports = []
+            both = args.program == "both"
+            for program in PROGRAMS if both else [args.program or "train"]:
+                made = lower(config, mesh, program, args.bucket)
+                report, text = analyse(config, Path(args.config).stem, topology, program, mesh, made)
+                if args.text:
+                    path = args.text.with_stem(f"{args.text.stem}_{program}") if both else args.text
+                    checkpoint.write_text(path, text)
+                reports.append(report)
         else:
             raise RefineError("give a configuration, or --all")
     except RefineError as error:

@@ -69,13 +69,17 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective: bytes that come into a chip each time, how often, and which of the devices take part together."""
+    """A collective: bytes that come into a chip each time, how often, and which of the devices take part together.
+
+    shapes: (dtype, shape) of what a chip gives.
+    """
 
     kind: str
     bytes: float
     times: float
     groups: np.ndarray  # [groups, members] positions in the mesh, or [pairs, 2] of a permutation
     what: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,14 +277,18 @@ class Module:
         return min(total, whole)
 
     def _collectives(
-        self, computation: dict[str, Instruction], instruction: Instruction, times: float
+        self, computation: dict[str, Instruction], instruction: Instruction, times: float, fused: bool = False
     ) -> list[Collective]:
-        if self._started(instruction):
+        if instruction.opcode == "fusion" and self._started(instruction) is not False:
             inner = self.computations[instruction.called("calls")[0]]
-            return [found for value in inner.values() for found in self._collectives(inner, value, times)]
+            found = [found for value in inner.values() for found in self._collectives(inner, value, times, True)]
+            own = re.search(r'op_name="([^"]*)"', instruction.attributes)
+            return [dataclasses.replace(one, what=own[1]) if own else one for one in found]
         opcode = instruction.opcode.removesuffix("-start")
         if opcode not in COLLECTIVES:
             return []
+        if opcode == "all-reduce" and fused and _cut(computation, instruction.name):
+            opcode = "reduce-scatter"
         given = sum(computation[name].bytes for name in instruction.operands if name in computation)
         groups = _groups(instruction.attributes)
         if opcode == "collective-permute":
@@ -296,7 +304,10 @@ class Module:
             }.get(opcode, 2.0 * given * part)
         named = re.search(r'op_name="([^"]*)"', instruction.attributes)
         what = named[1] if named else re.sub(r"\{[^}]*\}", "", instruction.type)[:60]
-        return [Collective(opcode, came, times, groups, what)]
+        shapes = tuple(
+            array[:2] for name in instruction.operands if name in computation for array in computation[name].arrays
+        )
+        return [Collective(opcode, came, times, groups, what, shapes)]
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -310,6 +321,16 @@ def _lines(text: str) -> Iterator[str]:
         if held.count('"') % 2 == 0 or held.count('"') - held.count('\\"') == 0:
             yield held
             held = ""
+
+
+def _cut(fused: dict[str, Instruction], name: str) -> bool:
+    """Whether of a fusion's value only slices are used. A sum over chips and a slice of it in one fusion are how the
+    compiler writes its reduce-scatter; where they are two kernels, whole sums do travel."""
+    users = [value for value in fused.values() if name in value.operands]
+    through = ("bitcast", "reshape")
+    return bool(users) and all(
+        user.opcode == "dynamic-slice" or (user.opcode in through and _cut(fused, user.name)) for user in users
+    )
 
 
 def _index(parameter: Instruction) -> int:

@@ -46,6 +46,26 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*spec))
 
 
+def gathered_in_turn(kernel: Array, names: Sequence[str | None]) -> Array:
+    """`kernel [in, out]` with one dimension whole, where the mesh splits both of them along axes that split the batch.
+
+    Such weights come together for a product in two gathers, over few devices each, and their gradients go back the same
+    way: scattered along the dimension that is kept (the one of more parts), summed and cut along the other. In one
+    collective over all devices the TPU's compiler sums whole gradients on each of them. The identity elsewhere.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+    if not rules or mesh.empty:
+        return kernel
+    group = lambda axes: (axes,) if isinstance(axes, str) else tuple(axes or ())
+    split = [group(axes) for axes in fit_spec(nn.logical_to_mesh_axes(names, rules), kernel.shape, mesh.shape)]
+    rows = set(group(nn.logical_to_mesh_axes(("batch",), rules)[0]))
+    if not all(set(axes) & rows for axes in split):
+        return kernel
+    parts = [math.prod(mesh.shape[axis] for axis in axes) for axes in split]
+    kept = [axes if index == parts.index(max(parts)) else None for index, axes in enumerate(split)]
+    return jax.lax.with_sharding_constraint(kernel, jax.sharding.PartitionSpec(*kept))
+
+
 def fit_spec(
     spec: Sequence[Any], shape: Sequence[int], mesh_shape: Mapping[str, int], otherwise: Any = None
 ) -> list[Any]:
@@ -101,7 +121,10 @@ class Dense(nn.Module):
             jnp.dtype(self.param_dtype),
         )
         x = x.astype(dtype)
-        y = jnp.dot(x, kernel.astype(dtype))
+        kernel = kernel.astype(dtype)
+        if "time" not in self.kernel_axes:  # those act on a vector a sample, which is split like their rows instead
+            kernel = gathered_in_turn(kernel, self.kernel_axes)
+        y = jnp.dot(x, kernel)
         if self.has_variable("lora", "a"):
             a = nn.meta.unbox(self.get_variable("lora", "a"))
             b = nn.meta.unbox(self.get_variable("lora", "b"))
