@@ -84,10 +84,11 @@ class Watch:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time spent inside is waiting for data."""
+        """Inside, data are fetched. It counts as waiting unless the device still had a step to do when they came."""
         asked = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - asked
+        if not self._recent or all(x.is_ready() for x in jax.tree.leaves(self._recent[-1])):
+            self._waited += time.perf_counter() - asked
 
     def step(self, done: int, batch: Any, metrics: dict[str, Any]) -> None:
         """The step `done` of `batch` was handed over; waits for the one before it, so that the device never idles."""

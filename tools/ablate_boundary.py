@@ -57,7 +57,7 @@ def judge(model: str | Path, scenes: list[dict]) -> dict[str, np.ndarray]:
             for s in part
         ]
         for scene, picture in zip(part, refiner.refine_batch(requests)):
-            weight = np.asarray(focus.feather(scene["mask"], "paper"))
+            weight = np.asarray(focus.feather(scene["mask"], None, "paper"))
             found["seam"].append(seam_error(np.asarray(picture), scene["target"], weight))
             found["region"].append(region_mse(np.asarray(picture), scene["target"], scene["mask"]))
     return {name: np.array(values) for name, values in found.items()}
@@ -85,7 +85,7 @@ def main() -> None:
             mean, ratio = bootstrap(values), bootstrap(values, base[kind])
             table[f"{name} {kind}"] = {"mean": mean, "ratio": ratio}
             print(
-                f"{name:>12} {kind:>6}: {mean[0]:8.3f} ({mean[1]:.3f} to {mean[2]:.3f}), over alpha {args.alphas[0]:g}: "
+                f"{name:>12} {kind:>6}: {mean[0]:8.3f} ({mean[1]:.3f} to {mean[2]:.3f}), ratio "
                 f"{ratio[0]:.3f} ({ratio[1]:.3f} to {ratio[2]:.3f})"
             )
     (args.workdir / "table.json").write_text(json.dumps(table, indent=1) + "\n")

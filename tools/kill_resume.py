@@ -3,9 +3,9 @@
     python tools/kill_resume.py --kills 20
     python tools/kill_resume.py --kills 20 --config configs/edit_debug.py --config.steps=60 --config.save_every=3
 
-Moments are drawn anew for every start, from importing to saving. Both runs must end with the same bits: step, key,
-parameters, optimizer state, average; and the same scalars, so the same samples in the same order. Prints one line a
-kill and a summary; exits with 1 where anything differs.
+Moments are drawn anew for every start, from importing to saving; every third kill waits for a save to begin. Both runs
+must end with the same bits: step, key, parameters, optimizer state, average; and the same scalars, so the same samples
+in the same order. Prints one line a kill and a summary; exits with 1 where anything differs.
 """
 
 import argparse
@@ -28,8 +28,7 @@ TIMINGS = ("seconds", "data_wait", "images_per_second", "mfu")
 
 
 def command(config: str, workdir: Path, more: list[str]) -> list[str]:
-    program = "import sys; from refine_jax.cli import main; sys.exit(main())"
-    return [sys.executable, "-c", program, "train", "--quiet", "--config", config, "--workdir", str(workdir), *more]
+    return [sys.executable, "-m", "refine_jax", "train", "--quiet", "--config", config, "--workdir", str(workdir), *more]
 
 
 def state(workdir: Path) -> tuple[int, dict[str, np.ndarray], list[dict]]:
@@ -79,7 +78,10 @@ def main() -> int:
             command(args.config, killed, more), env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
         )
         try:
-            process.wait(draw.uniform(0.1, 1.0) * whole)
+            if kills % 3 == 2:
+                _wait_for_save(process, killed / "checkpoints")
+            else:
+                process.wait(draw.uniform(0.1, 1.0) * whole)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -103,6 +105,15 @@ def main() -> int:
     if args.workdir is None:
         shutil.rmtree(folder)
     return 1 if found else 0
+
+
+def _wait_for_save(process: subprocess.Popen, checkpoints: Path) -> None:
+    """Raises `TimeoutExpired` as soon as a checkpoint is half written."""
+    before = set(checkpoints.glob("*tmp*"))  # left by an earlier kill
+    while process.poll() is None:
+        if set(checkpoints.glob("*tmp*")) - before:
+            raise subprocess.TimeoutExpired(process.args, 0)
+        time.sleep(0.0005)
 
 
 def _differences(a: tuple, b: tuple) -> str:
