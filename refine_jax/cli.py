@@ -136,16 +136,19 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         "convert",
         allow_abbrev=False,
         help="PyTorch files to a model folder, and LoRA files from one dialect to another",
-        description="Convert a pipeline folder of diffusers to a model folder; a killed conversion continues. A file "
-        "of LoRA weights is rewritten in another dialect.",
+        description="Convert a pipeline folder of diffusers, or a BAGEL or RvR folder, to a model folder; a killed "
+        "conversion continues. A BAGEL or RvR model folder is written back with --dialect bagel. A file of LoRA "
+        "weights is rewritten in another dialect.",
     )
-    convert.add_argument("source", metavar="SRC", help="pipeline folder, or LoRA weights")
-    convert.add_argument("target", metavar="DST", nargs="?", help="model folder, or .safetensors file, to write")
+    convert.add_argument("source", metavar="SRC", help="folder of PyTorch files, model folder, or LoRA weights")
+    convert.add_argument("target", metavar="DST", nargs="?", help="folder, or .safetensors file, to write")
     convert.add_argument(
         "--dialect",
-        choices=("peft", "comfyui"),
-        default="peft",
-        help="of the LoRA file to write (default: %(default)s)",
+        choices=("peft", "comfyui", "bagel"),
+        help="of the LoRA file to write (default: peft); bagel: SRC is a model folder, DST gets the released layout",
+    )
+    convert.add_argument(
+        "--weights", metavar="ema|rvr", help="which weights of a BAGEL folder, or how to call those that are written"
     )
     convert.add_argument("--model", metavar="MODEL", help="what the LoRA adapts (default: the published architecture)")
     convert.add_argument("--inspect", action="store_true", help="say what SRC holds; nothing is written")
@@ -286,15 +289,21 @@ def _convert(args: argparse.Namespace) -> None:
     if args.inspect == bool(args.target):
         raise RefineError("convert: give DST, or --inspect")
     if args.inspect:
-        print(convert.inspect(args.source))
+        print(convert.inspect(args.source, args.weights))
+        return
+    if args.dialect == "bagel":
+        from refine_jax.convert import export
+
+        written = export.export_bagel(args.source, args.target, weights=args.weights, progress=not args.quiet)
+        print(f"wrote {written}")
         return
     if convert.is_lora(args.source):
         from refine_jax import loading
 
         model = loading.read_config(args.model) if args.model else None
-        print(f"wrote {convert.convert_lora(args.source, args.target, args.dialect, model)}")
+        print(f"wrote {convert.convert_lora(args.source, args.target, args.dialect or 'peft', model)}")
         return
-    print(f"wrote {convert.convert(args.source, args.target, progress=not args.quiet)}")
+    print(f"wrote {convert.convert(args.source, args.target, weights=args.weights, progress=not args.quiet)}")
 
 
 def _train(args: argparse.Namespace, overrides: dict[str, str]) -> None:

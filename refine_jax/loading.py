@@ -1,4 +1,4 @@
-"""One door to weights: "tiny", a model folder, a pipeline folder of diffusers, or a name on the model hub."""
+"""One door to weights: "tiny", a model folder, a folder of PyTorch files (a pipeline, BAGEL, RvR), or a hub name."""
 
 import dataclasses
 import json
@@ -16,10 +16,13 @@ from flax.linen import meta
 from tqdm import tqdm
 
 from refine_jax import checkpoint, flow, parallel, prompts
-from refine_jax.convert import diffusers_folder, lora
+from refine_jax.bagel import BagelModel, Marks
+from refine_jax.convert import bagel_folder, folders, lora
+from refine_jax.convert.source import Folder, Leaf
 from refine_jax.convert.writer import copy_into
 from refine_jax.errors import RefineError
-from refine_jax.model import ModelConfig
+from refine_jax.model import ModelConfig, Size
+from refine_jax.models.bagel import BagelConfig
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "weights/**", "tokenizer/**"]
@@ -30,14 +33,17 @@ _LIGHTNING = re.compile(r"lightning.*?(\d+)[\s_-]*steps?", re.IGNORECASE)
 # In the header of an adapter's file: what it was trained to be shown.
 _SHOWN = "refine_jax_conditioning"
 
+Model = ModelConfig | BagelModel
+_NETWORKS: dict[type, tuple[str, ...]] = {ModelConfig: ("mmdit", "vae", "vl"), BagelModel: ("bagel", "vae")}
 LoraLike = str | os.PathLike | tuple[str | os.PathLike, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model in memory: configuration, trees under "mmdit", "vae", "vl", LoRA trees under the same names."""
+    """A model in memory: configuration, trees under "mmdit", "vae", "vl" or "bagel", "vae", LoRA trees under the same
+    names."""
 
-    config: ModelConfig
+    config: Model
     variables: dict[str, Any]
     lora: dict[str, Any]
     tokenizer: Any
@@ -49,7 +55,10 @@ def load(
     dtype: str = "float32",
     vae_area: int | None = None,
     condition_area: int | None = None,
+    vae_sides: Size | None = None,
+    vit_sides: Size | None = None,
     scheduler: str | None = None,
+    weights: str | None = None,
     adapters: LoraLike | Sequence[LoraLike] = (),
     merge: bool = False,
     mesh: jax.sharding.Mesh | None = None,
@@ -57,20 +66,29 @@ def load(
     progress: bool = False,
     wanted: tuple[str, ...] = (),
 ) -> Loaded:
-    """Load a model; the arguments are those of `Refiner.load`.
+    """Load a model; the arguments are those of `Refiner.load` and `Regenerator.load`.
 
-    wanted: (who asks, and the kinds of conditioning that will do), as `ModelConfig.require` takes them; checked before
-    any weight is read.
+    vae_area, condition_area, scheduler: of the Qwen-Image family; vae_sides, vit_sides, weights: of BAGEL and RvR
+    (`open_model`). wanted: (who asks, and the kinds of conditioning that will do), as `ModelConfig.require` takes them;
+    checked before any weight is read. Without, whoever calls takes both families.
     """
     if dtype not in _DTYPES:
         raise RefineError(f"dtype {dtype!r}: give 'float32' or 'bfloat16'")
     if scheduler not in (None, "released", "checkpoint"):
         raise RefineError(f"scheduler {scheduler!r}: give 'released' or 'checkpoint'")
     given = _adapters(adapters)
-    settings = {name: value for name, value in (("vae_area", vae_area), ("condition_area", condition_area)) if value}
-    source = open_model(model, dtype=dtype, param_dtype=dtype, **settings)
-    released = source.foreign if scheduler is None else scheduler == "released"
-    config = _sampling(source.config, released, [path for path, _ in given])
+    sizes = dict(vae_area=vae_area, condition_area=condition_area, vae_sides=vae_sides, vit_sides=vit_sides)
+    settings = {name: value for name, value in sizes.items() if value}
+    source = open_model(model, weights=weights, dtype=dtype, param_dtype=dtype, **settings)
+    config = source.config
+    if isinstance(config, BagelModel):
+        if wanted:
+            _require_bagel(config, *wanted)
+        if scheduler is not None:
+            raise RefineError(f"scheduler {scheduler!r}: a BAGEL or RvR model has but one; leave it out")
+    else:
+        released = source.foreign if scheduler is None else scheduler == "released"
+        config = _sampling(config, released, [path for path, _ in given])
 
     tokenizer = source.tokenizer()
     boxed = config.boxed()
@@ -78,9 +96,10 @@ def load(
     extra: dict[str, Any] = {}
     if given:  # read before the weights: a bad file costs no time
         read = [lora.read_adapter(path, abstract) for path, _ in given]
-        config = _shown(config, read)
+        if isinstance(config, ModelConfig):
+            config = _shown(config, read)
         extra = lora.combine(read, [weight for _, weight in given])
-    if wanted:
+    if wanted and isinstance(config, ModelConfig):
         config.require(*wanted)
     variables = source.parameters(abstract, parallel.param_shardings(boxed, mesh, rules), dtype, progress)
     if extra and merge:
@@ -93,60 +112,108 @@ def load(
 class Source:
     """A model on the disk, its files checked and its weights not yet read.
 
-    foreign: it comes from a diffusers pipeline, converted or not.
+    foreign: it comes from another program's files, converted or not.
     """
 
     folder: Path
-    config: ModelConfig
+    config: Model
     foreign: bool
-    _pipeline: diffusers_folder.Pipeline | None
+    _files: Folder | None
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return prompts.load_tokenizer(self.folder / "tokenizer")
+        if self._files is not None:
+            return self._files.tokenizer()
+        of_bagel = isinstance(self.config, BagelModel)
+        tokenizer = prompts.load_tokenizer(self.folder / "tokenizer", placeholder=not of_bagel)
+        if of_bagel:
+            Marks.of(tokenizer)
+        return tokenizer
 
     def write_tokenizer(self, folder: Path) -> None:
         """Copy the tokenizer's files to `folder`."""
-        shutil.copytree(self.folder / "tokenizer", folder, dirs_exist_ok=True)
+        if self._files is None:
+            shutil.copytree(self.folder / "tokenizer", folder, dirs_exist_ok=True)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in self._files.tokenizer_files().items():
+            (folder / name).write_bytes(data)
 
     def parameters(
         self, abstract: Mapping[str, Any], shardings: Mapping[str, Any], dtype: str, progress: bool = False
     ) -> dict[str, Any]:
         """The parameters of the networks of `abstract`, floating ones as `dtype`, placed as `shardings` says."""
-        if self._pipeline is None:
+        if self._files is None:
             return checkpoint.load_weights(self.folder, abstract, dtype, shardings, progress)
-        return _load_pipeline(self._pipeline, {name: shardings[name] for name in abstract}, dtype, progress)
+        return _load_files(self._files, {name: shardings[name] for name in abstract}, dtype, progress)
 
 
 def open_model(
-    model: str | os.PathLike, *, dtype: str | None = None, param_dtype: str | None = None, **settings: Any
+    model: str | os.PathLike,
+    *,
+    weights: str | None = None,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    **settings: Any,
 ) -> Source:
-    """The model that `Refiner.load` would load: its configuration, and a way to its weights.
+    """The model that `Refiner.load` or `Regenerator.load` would load: its configuration, and a way to its weights.
 
-    dtype, param_dtype: of computation and of parameters, as all three networks' configurations are to say. settings:
-    fields of `ModelConfig` to replace. Raises `RefineError` as `Refiner.load` does.
+    weights: which file of weights of a BAGEL or RvR folder, "rvr" or "ema" (default: rvr where there is one); the path
+    of the file in place of the folder's says the same. dtype, param_dtype: of computation and of parameters, as all
+    networks' configurations are to say. settings: fields of `ModelConfig` or `BagelModel` to replace. Raises
+    `RefineError` as `Refiner.load` does.
     """
     folder = resolve(model)
     kinds = {name: value for name, value in (("dtype", dtype), ("param_dtype", param_dtype)) if value}
-    if (folder / checkpoint.MANIFEST).is_file() or not (folder / diffusers_folder.MODEL_INDEX).is_file():
+    if (folder / checkpoint.MANIFEST).is_file() or not folders.is_foreign(folder):
         manifest = checkpoint.read_manifest(folder)
-        config = ModelConfig.from_manifest(manifest, **settings)
-        parts = {name: dataclasses.replace(getattr(config, name), **kinds) for name in ("mmdit", "vae", "vl")}
+        if weights is not None:
+            raise RefineError(f"{folder}: is a model folder with its own weights; leave out weights {weights!r}")
+        family = BagelModel if "bagel" in manifest else ModelConfig
+        _check_settings(family, settings)
+        config = family.from_manifest(manifest, **settings)
+        parts = {name: _with(getattr(config, name), kinds) for name in _NETWORKS[family]}
         return Source(folder, dataclasses.replace(config, **parts), "source" in manifest, None)
-    pipeline = diffusers_folder.read_pipeline(folder)
-    return Source(folder, pipeline.model(**kinds, **settings), True, pipeline)
+    files = folders.open_folder(folder, weights)
+    _check_settings(files.family, settings)
+    return Source(files.folder, files.model(**kinds, **settings), True, files)
 
 
-def read_config(model: str | os.PathLike, **settings: Any) -> ModelConfig:
+def _with(config: Any, kinds: Mapping[str, str]) -> Any:
+    """A network's configuration with other dtypes, those of its tower included."""
+    if isinstance(config, BagelConfig):
+        kinds = {**kinds, "vit": dataclasses.replace(config.vit, **kinds)}
+    return dataclasses.replace(config, **kinds)
+
+
+def _check_settings(family: type, settings: Mapping[str, Any]) -> None:
+    if foreign := sorted(settings.keys() - {field.name for field in dataclasses.fields(family)}):
+        what = "BAGEL or RvR" if family is BagelModel else "Qwen-Image-Edit"
+        raise RefineError(f"{', '.join(foreign)}: this is a {what} model, which has no such setting; leave it out")
+
+
+def _require_bagel(config: BagelModel, purpose: str, *kinds: str) -> None:
+    """As `ModelConfig.require`."""
+    if config.conditioning not in kinds:
+        raise RefineError(
+            f"{purpose}: this is a BAGEL or RvR model, which regenerates whole pictures (Regenerator, refine-jax"
+            f" regenerate), with conditioning {config.conditioning!r}; {' or '.join(map(repr, kinds))} is wanted"
+        )
+
+
+def read_config(model: str | os.PathLike, **settings: Any) -> Model:
     """The configuration of a model, without its weights."""
     return open_model(model, **settings).config
 
 
 def resolve(model: str | os.PathLike) -> Path:
-    """The folder of a model; downloads a name of the model hub ("owner/name" or "owner/name@revision")."""
+    """The folder of a model, or the file of weights in one of BAGEL.
+
+    Downloads a name of the model hub ("owner/name" or "owner/name@revision").
+    """
     folder = Path(__file__).parent / "assets" / "tiny" if model == "tiny" else Path(model)
     try:
-        found = folder.is_dir()
+        found = folder.is_dir() or bagel_folder.locate(folder) is not None
     except (OSError, ValueError):  # a name that no file system can hold
         found = False
     if found:
@@ -229,14 +296,14 @@ def _sampling(config: ModelConfig, released: bool, adapters: Sequence[Path]) -> 
     return config
 
 
-def _load_pipeline(pipeline: diffusers_folder.Pipeline, shardings: Any, dtype: str, progress: bool) -> dict[str, Any]:
-    """The tensors of a pipeline folder, one at a time, each straight to the devices that hold a part of it."""
-    wanted = [leaf for network in shardings for leaf in pipeline.leaves[network].values()]
+def _load_files(files: Folder, shardings: Any, dtype: str, progress: bool) -> dict[str, Any]:
+    """The tensors of a folder of PyTorch files, one at a time, each straight to the devices that hold a part of it."""
+    wanted = [leaf for network in shardings for leaf in files.leaves[network].values()]
     total = sum(tensor.nbytes for leaf in wanted for _, tensor, _ in leaf.pieces)
     trees = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
         for network in shardings:
-            leaves = pipeline.leaves[network]
+            leaves = files.leaves[network]
             placed = traverse_util.flatten_dict(shardings[network], sep="/")
             flat = {}
             for path, leaf in leaves.items():
@@ -245,7 +312,7 @@ def _load_pipeline(pipeline: diffusers_folder.Pipeline, shardings: Any, dtype: s
     return trees
 
 
-def _load_leaf(leaf: diffusers_folder.Leaf, sharding: Any, dtype: str, bar: tqdm) -> jax.Array:
+def _load_leaf(leaf: Leaf, sharding: Any, dtype: str, bar: tqdm) -> jax.Array:
     shape = leaf.abstract.shape
     regions = {}  # a region that several devices hold is made once
     for device, index in sharding.addressable_devices_indices_map(shape).items():

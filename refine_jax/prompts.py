@@ -7,7 +7,7 @@ pictures present share one program.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -218,11 +218,12 @@ def prefix_tokens(tokenizer: Any, template: str) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
-def load_tokenizer(folder: str | Path) -> Any:
+def load_tokenizer(folder: str | Path, placeholder: bool = True) -> Any:
     """The tokenizer in a checkpoint's folder; the network is never asked.
 
     From ``tokenizer.json`` a `tokenizers.Tokenizer` (no import of transformers, which takes seconds); from older files
-    (``vocab.json`` and ``merges.txt``) transformers' own. RefineError where there is none or it does not know images.
+    (``vocab.json`` and ``merges.txt``) transformers' own. RefineError where there is none or it does not know images;
+    without `placeholder` it need not (BAGEL needs other marks, see `bagel.Marks`).
     """
     folder = Path(folder)
     try:
@@ -241,7 +242,8 @@ def load_tokenizer(folder: str | Path) -> Any:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "give the folder of a Qwen tokenizer"
         raise RefineError(f"tokenizer in {folder} cannot be read ({reason}); {remedy}") from None
-    image_token_id(tokenizer)
+    if placeholder:
+        image_token_id(tokenizer)
     return tokenizer
 
 
@@ -263,6 +265,20 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def qwen_tokenizer(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """A Qwen2 tokenizer from the contents of ``vocab.json`` and ``merges.txt``, without any special token."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=dict(vocab), merges=list(merges)))
+    tokenizer.normalizer = tokenizers.normalizers.NFC()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
 def byte_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
     """Write a byte-level Qwen2 tokenizer to `folder` and load it: ids 0…255 are bytes, 256…263 `SPECIAL_TOKENS`.
 
@@ -272,15 +288,7 @@ def byte_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {symbol: i for i, symbol in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    tokenizer.normalizer = tokenizers.normalizers.NFC()
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated"),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer = qwen_tokenizer(vocab, [])
     tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     config = {

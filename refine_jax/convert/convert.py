@@ -1,4 +1,4 @@
-"""`refine-jax convert`: a pipeline folder of PyTorch files -> a model folder with an orbax checkpoint, streaming.
+"""`refine-jax convert`: a folder of PyTorch files -> a model folder with an orbax checkpoint, streaming.
 
 Tensors are read once, in the order of the files, hashed, transformed and written into parts of about a GiB. A part that
 is finished stays finished, so a killed conversion goes on where it stopped; everything lies in `DST.partial` until the
@@ -22,16 +22,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from refine_jax import checkpoint, prompts
-from refine_jax.convert import diffusers_folder, lora, reader
+from refine_jax import checkpoint
+from refine_jax.convert import bagel_folder, diffusers_folder, lora, reader
+from refine_jax.convert.folders import open_folder
 from refine_jax.convert.mapping import Transform
+from refine_jax.convert.source import Folder, Leaf
 from refine_jax.convert.writer import Part, Writer, chunk_shape, sync
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig
 
 _PART = 1 << 30  # bytes of tensors in one part
 _SLAB = 128 << 20  # bytes of a tensor in memory at once, where its transform allows
-_TOKENIZER = 100_000_000  # bytes; the files of a tokenizer are smaller
 _LAYOUT = 1  # raised when parts are cut or named differently
 _PLAN = "conversion.json"
 
@@ -54,12 +55,14 @@ class _Piece:
         return self.tensor.nbytes // self.tensor.shape[0] * (self.last - self.first)
 
 
-def convert(source: str | os.PathLike, target: str | os.PathLike, *, progress: bool = False) -> Path:
-    """Convert a diffusers pipeline folder to a model folder; returns it.
+def convert(
+    source: str | os.PathLike, target: str | os.PathLike, *, weights: str | None = None, progress: bool = False
+) -> Path:
+    """Convert a diffusers pipeline folder, or a BAGEL or RvR folder, to a model folder; returns it.
 
-    Weights keep their dtype. An interrupted conversion of the same files to the same target continues. The manifest
-    records the SHA-256 of every file of weights. Raises `RefineError` for a folder that does not fit, a target that
-    exists, too little space.
+    weights: which of a BAGEL folder (`bagel_folder.read_bagel`). Weights keep their dtype. An interrupted conversion of
+    the same files to the same target continues. The manifest records the SHA-256 of every file of weights. Raises
+    `RefineError` for a folder that does not fit, a target that exists, too little space.
     """
     source, target = Path(source), Path(target)
     exists = RefineError(f"{target}: exists; give another folder, or remove it first")
@@ -67,9 +70,8 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, progress: b
         raise exists
     if (source / checkpoint.MANIFEST).is_file():
         raise RefineError(f"{source}: is a model folder of refine_jax already; load it as it is")
-    pipeline = diffusers_folder.read_pipeline(source)
-    leaves = pipeline.leaves
-    prompts.load_tokenizer(source / "tokenizer")
+    folder = open_folder(source, weights)
+    leaves, tokenizer = folder.leaves, folder.tokenizer_files()
     aside = target.with_name(target.name + ".partial")
     try:
         aside.mkdir(parents=True, exist_ok=True)
@@ -81,7 +83,7 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, progress: b
             if target.exists():  # another conversion has just finished
                 shutil.rmtree(aside)
                 raise exists
-            _convert(pipeline, leaves, aside, progress)
+            _convert(folder, leaves, tokenizer, aside, progress)
             sync(aside)
             os.replace(aside, target)
         sync(target.parent, deep=False)
@@ -95,15 +97,17 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, progress: b
     return target
 
 
-def _convert(pipeline: diffusers_folder.Pipeline, leaves: Any, aside: Path, progress: bool) -> None:
+def _convert(
+    folder: Folder, leaves: dict[str, dict[str, Leaf]], tokenizer: dict[str, bytes], aside: Path, progress: bool
+) -> None:
     (aside / checkpoint.MANIFEST).unlink(missing_ok=True)  # first: nothing is loadable until the end
-    plan = _fingerprint(pipeline)
+    plan = {"layout": _LAYOUT, "part": _PART, "slab": _SLAB, **folder.fingerprint()}
     if _read_plan(aside) != plan:
         for path in aside.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         checkpoint.write_text(aside / _PLAN, json.dumps(plan, indent=1) + "\n")
-    parts = {network: _parts(pipeline, network, leaves[network]) for network in leaves}
+    parts = {network: _parts(folder.networks[network].tensors, leaves[network]) for network in leaves}
     writers = {}
     for network, found in leaves.items():
         abstract = {path: leaf.abstract for path, leaf in found.items()}
@@ -126,7 +130,7 @@ def _convert(pipeline: diffusers_folder.Pipeline, leaves: Any, aside: Path, prog
         for network, found in parts.items():
             writer = writers[network]
             with closing(writer):
-                with closing(_Hasher(hashes, pipeline.folder)) as hasher:
+                with closing(_Hasher(hashes, folder.folder)) as hasher:
                     stream = _read([piece for part in found for piece in part], hasher, pool, buffers)
                     for number, part in enumerate(found):
                         pieces = itertools.islice(stream, len(part))
@@ -142,19 +146,17 @@ def _convert(pipeline: diffusers_folder.Pipeline, leaves: Any, aside: Path, prog
                     next(stream, None)  # its last word: everything is hashed
                 writer.finish(len(found))
 
-    tokenizer = aside / "tokenizer"
-    shutil.rmtree(tokenizer, ignore_errors=True)
-    tokenizer.mkdir()
-    for path in sorted((pipeline.folder / "tokenizer").iterdir()):
-        if path.is_file() and path.stat().st_size <= _TOKENIZER:
-            data = path.read_bytes()
-            (tokenizer / path.name).write_bytes(data)
-            hashes[f"tokenizer/{path.name}"] = hashlib.sha256(data).hexdigest()
-    source = {"pipeline": diffusers_folder.PIPELINE, "name": pipeline.folder.absolute().name, "sha256": hashes}
-    checkpoint.write_manifest(aside, {**pipeline.model().to_manifest(), "source": source})
+    shutil.rmtree(aside / "tokenizer", ignore_errors=True)
+    (aside / "tokenizer").mkdir()
+    for name, data in tokenizer.items():
+        (aside / "tokenizer" / name).write_bytes(data)
+    for path in folder.tokenizer_sources():
+        hashes[path.relative_to(folder.folder).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    source = {"pipeline": folder.kind, "name": folder.folder.absolute().name, **folder.notes(), "sha256": hashes}
+    checkpoint.write_manifest(aside, {**folder.model().to_manifest(), "source": source})
 
 
-def _put(out: Part, piece: _Piece, values: np.ndarray, leaf: diffusers_folder.Leaf) -> None:
+def _put(out: Part, piece: _Piece, values: np.ndarray, leaf: Leaf) -> None:
     """Transform the rows of a piece and hand them to the part that is being written."""
     made = piece.how.forward(values)
     origin = [0] * made.ndim
@@ -163,15 +165,12 @@ def _put(out: Part, piece: _Piece, values: np.ndarray, leaf: diffusers_folder.Le
     out.put(leaf.path, (*origin,) if piece.index is None else (piece.index, *origin), made)
 
 
-def _parts(
-    pipeline: diffusers_folder.Pipeline, network: str, leaves: dict[str, diffusers_folder.Leaf]
-) -> list[list[_Piece]]:
+def _parts(tensors: dict[str, reader.Tensor], leaves: dict[str, Leaf]) -> list[list[_Piece]]:
     """A network's pieces in the order of its files, cut into parts."""
-    folder = next(f for f, n in diffusers_folder.NETWORKS.items() if n == network)
     goes = {tensor.name: (leaf, index, how) for leaf in leaves.values() for index, tensor, how in leaf.pieces}
     parts: list[list[_Piece]] = [[]]
     size = 0
-    for tensor in pipeline.tensors[folder].values():
+    for tensor in tensors.values():
         leaf, index, how = goes.get(tensor.name, (None, None, None))
         if leaf is None:  # for the hash alone, so its shape, which nobody checked, does not matter
             tensor = dataclasses.replace(tensor, dtype=np.dtype(np.uint8), shape=(tensor.nbytes,))
@@ -185,9 +184,7 @@ def _parts(
     return parts
 
 
-def _slabs(
-    tensor: reader.Tensor, leaf: diffusers_folder.Leaf | None, how: Transform | None
-) -> Iterator[tuple[int, int | None]]:
+def _slabs(tensor: reader.Tensor, leaf: Leaf | None, how: Transform | None) -> Iterator[tuple[int, int | None]]:
     """Runs of rows of a large tensor; the whole tensor is (0, None)."""
     if tensor.nbytes <= _SLAB or (how is not None and how.axis is None):
         yield 0, None
@@ -259,18 +256,6 @@ def _read(
         future.result()
 
 
-def _fingerprint(pipeline: diffusers_folder.Pipeline) -> dict[str, Any]:
-    """What an interrupted conversion must find unchanged."""
-    files = sorted({t.file for tensors in pipeline.tensors.values() for t in tensors.values()})
-    return {
-        "layout": _LAYOUT,
-        "part": _PART,
-        "slab": _SLAB,
-        "files": {f.relative_to(pipeline.folder).as_posix(): [f.stat().st_size, f.stat().st_mtime_ns] for f in files},
-        "configs": hashlib.sha256(json.dumps(pipeline.configs, sort_keys=True).encode()).hexdigest(),
-    }
-
-
 def _read_plan(aside: Path) -> Any:
     try:
         return json.loads((aside / _PLAN).read_text(encoding="utf-8"))
@@ -300,19 +285,23 @@ def convert_lora(
 def is_lora(source: str | os.PathLike) -> bool:
     """Whether a path is a file of weights, or a folder of nothing but such files: LoRA weights, not a pipeline."""
     source = Path(source)
+    if bagel_folder.locate(source) or (source / checkpoint.MANIFEST).is_file():
+        return False
     return source.is_file() or (
         bool(list(source.glob("*.safetensors"))) and not (source / diffusers_folder.MODEL_INDEX).exists()
     )
 
 
-def inspect(source: str | os.PathLike) -> str:
-    """What a folder or a file holds, as text: nothing is written, no tensor is read.
+def inspect(source: str | os.PathLike, weights: str | None = None) -> str:
+    """What a folder or a file holds, as text: nothing is written.
 
-    source: a pipeline folder, a model folder of refine_jax, or a file (folder) of LoRA weights for the published model.
+    Headers are read and, of tensors, BAGEL's position tables, which must be those that we compute. source: a pipeline
+    folder, a BAGEL or RvR folder, a model folder of refine_jax, or a file (folder) of LoRA weights for the published
+    model.
     """
     source = Path(source)
     lines = [f"{source}"]
-    if is_lora(source) and not (source / checkpoint.MANIFEST).is_file():
+    if is_lora(source):
         adapter = lora.read_adapter(source, ModelConfig().abstract())
         lines.append(f"  LoRA weights, named as {' and '.join(adapter.dialects)} does")
         for name, ranks in adapter.ranks.items():
@@ -325,20 +314,20 @@ def inspect(source: str | os.PathLike) -> str:
         for name, digest in manifest.get("source", {}).get("sha256", {}).items():
             lines.append(f"  made from {name} sha256 {digest}")
         return "\n".join(lines)
-    pipeline = diffusers_folder.read_pipeline(source)
-    model = pipeline.model()
-    lines.append(f"  {diffusers_folder.PIPELINE}, zero_cond_t={model.mmdit.zero_cond_t}")
-    for folder, network in diffusers_folder.NETWORKS.items():
-        tensors = pipeline.tensors[folder].values()
+    folder = open_folder(source, weights)
+    model = folder.model()
+    lines.append(f"  {folder.kind}")
+    for network, held in folder.networks.items():
+        tensors = held.tensors.values()
         count = sum(int(np.prod(t.shape, dtype=np.int64)) for t in tensors)
         kinds = ", ".join(sorted({t.dtype.name for t in tensors}))
         size = sum(t.nbytes for t in tensors)
         files = len({t.file for t in tensors})
         lines.append(
-            f"  {folder} -> {network}: {len(tensors)} tensors in {files} files, {count / 1e6:,.1f} M parameters, "
+            f"  {held.name} -> {network}: {len(tensors)} tensors in {files} files, {count / 1e6:,.1f} M parameters, "
             f"{size / 1e9:.2f} GB, {kinds}"
         )
-    lines.append(f"  scheduler: {model.scheduler}")
-    leaves = pipeline.leaves  # the accounting
+    lines += [f"  {line}" for line in folder.describe(model)]
+    leaves = folder.leaves  # the accounting
     lines.append(f"  every tensor has its place: {sum(map(len, leaves.values()))} leaves")
     return "\n".join(lines)

@@ -3,23 +3,20 @@
 `read_pipeline` opens a folder; `model_config` and `from_tensors` do the same from mappings at hand.
 """
 
-import dataclasses
-import typing
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import traverse_util
 
+from refine_jax import prompts
 from refine_jax.convert import reader
 from refine_jax.convert.keys_mmdit import TABLE as MMDIT_TABLE
 from refine_jax.convert.keys_vae import VAE_TABLE
 from refine_jax.convert.keys_vl import layout_of, vl_table
-from refine_jax.convert.mapping import Table, Transform, assign, to_tree
-from refine_jax.errors import RefineError, listed
+from refine_jax.convert.mapping import Table, to_tree
+from refine_jax.convert.source import Folder, Tensors, small_files
+from refine_jax.errors import RefineError
 from refine_jax.flow import SchedulerConfig
 from refine_jax.model import ModelConfig
 from refine_jax.models.mmdit import MMDiTConfig
@@ -62,75 +59,37 @@ def model_config(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """A parameter and the tensors that it is made of: (block of the stack or None, tensor, transform)."""
+class Pipeline(Folder):
+    """An opened pipeline folder."""
 
-    path: str
-    abstract: jax.ShapeDtypeStruct
-    pieces: tuple[tuple[int | None, reader.Tensor, Transform], ...]
+    kind, family = PIPELINE, ModelConfig
 
-    @property
-    def stacked(self) -> bool:
-        """Whether axis 0 counts blocks."""
-        return self.pieces[0][0] is not None
-
-
-@dataclasses.dataclass(frozen=True)
-class Pipeline:
-    """An opened folder: configurations and headers, no tensor read yet."""
-
-    folder: Path
-    configs: dict[str, dict[str, Any]]
-    tensors: dict[str, dict[str, reader.Tensor]]
-
-    def model(self, **settings: Any) -> ModelConfig:
+    def read_model(self, **settings: Any) -> ModelConfig:
         """`model_config` of the folder."""
-        try:
-            model = model_config(self.configs, **settings)
-            for folder, network in NETWORKS.items():
-                _check_numbers(getattr(model, network), f"{folder}/config.json: ")
-            return model
-        except RefineError as error:
-            raise RefineError(f"{self.folder}: {error}") from None
-        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a field of another type
-            reason = " ".join(str(error).split())[:200]
-            raise RefineError(
-                f"{self.folder}: a configuration holds what it cannot ({reason}); copy or download the folder again"
-            ) from None
+        return model_config(self.configs, **settings)
 
-    @cached_property
-    def leaves(self) -> dict[str, dict[str, Leaf]]:
-        """Network -> path -> leaf, with the dtypes of the files.
+    def table(self, network: str) -> Table:
+        """The key table of a sub-folder's tensors."""
+        folder = next(folder for folder, name in NETWORKS.items() if name == network)
+        return _table(self.model(), folder, self.networks[network].tensors)
 
-        Raises RefineError that lists every tensor that does not fit, and every leaf whose tensors differ in dtype.
-        """
-        model = self.model()
-        try:
-            abstract = model.abstract()
-        except (TypeError, ValueError, ArithmeticError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise RefineError(f"{self.folder}: no network has the sizes of its config.json ({reason})") from None
-        found: dict[str, dict[str, Leaf]] = {}
-        for folder, network in NETWORKS.items():
-            tensors = self.tensors[folder]
-            shapes = {name: tensor.shape for name, tensor in tensors.items()}
-            plan = assign(shapes, _table(model, folder, tensors), abstract[network], str(self.folder / folder))
-            problems, leaves = [], {}
-            flat = traverse_util.flatten_dict(abstract[network], sep="/")
-            for path, pieces in plan.items():
-                pieces = tuple((index, tensors[key], how) for index, key, how in sorted(pieces, key=_by_index))
-                kinds = {tensor.dtype.name for _, tensor, _ in pieces}
-                if len(kinds) > 1 or not kinds <= {"float32", "bfloat16", "float16"}:
-                    problems += [f"{tensor.name} is {tensor.dtype.name}" for _, tensor, _ in pieces]
-                leaves[path] = Leaf(path, jax.ShapeDtypeStruct(flat[path].shape, pieces[0][1].dtype), pieces)
-            if problems:
-                raise RefineError(
-                    f"{self.folder / folder}: dtypes that cannot be used or differ within a stack: {listed(problems)}; "
-                    "give a checkpoint in bfloat16, float16 or float32"
-                )
-            found[network] = leaves
-        return found
+    def tokenizer_sources(self) -> list[Path]:
+        """All of `tokenizer/`."""
+        folder = self.folder / "tokenizer"
+        return small_files(folder.iterdir()) if folder.is_dir() else []
+
+    def tokenizer(self) -> Any:
+        """Of `tokenizer/`."""
+        return prompts.load_tokenizer(self.folder / "tokenizer")
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """`tokenizer/` as it is."""
+        self.tokenizer()
+        return {path.name: path.read_bytes() for path in self.tokenizer_sources()}
+
+    def describe(self, model: ModelConfig) -> list[str]:
+        """What the configurations decide."""
+        return [f"zero_cond_t={model.mmdit.zero_cond_t}", f"scheduler: {model.scheduler}"]
 
 
 def read_pipeline(folder: str | Path) -> Pipeline:
@@ -156,7 +115,8 @@ def read_pipeline(folder: str | Path) -> Pipeline:
         if (path := folder / "processor" / name).is_file():
             configs["text_encoder"] = _with_processor(configs["text_encoder"], reader.read_object(path))
             break
-    return Pipeline(folder, configs, {name: reader.read_folder(folder / name, stem) for name, stem in _STEMS.items()})
+    networks = {NETWORKS[name]: Tensors(name, reader.read_folder(folder / name, _STEMS[name])) for name in NETWORKS}
+    return Pipeline(folder, configs, networks)
 
 
 def _with_processor(encoder: Mapping[str, Any], processor: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,27 +125,6 @@ def _with_processor(encoder: Mapping[str, Any], processor: Mapping[str, Any]) ->
     known = {name: values[name] for name in ("image_mean", "image_std") if isinstance(values, dict) and name in values}
     vision = encoder.get("vision_config")
     return {**encoder, "vision_config": {**vision, **known}} if isinstance(vision, dict) else dict(encoder)
-
-
-def _check_numbers(config: Any, where: str) -> None:
-    """Whole numbers where a configuration counts something, none of them absurd."""
-    kinds = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), kinds[field.name]
-        if dataclasses.is_dataclass(value):
-            _check_numbers(value, where)
-            continue
-        counts = [value] if kind is int else value if kind == tuple[int, ...] and isinstance(value, tuple) else []
-        wrong = kind == tuple[int, ...] and not isinstance(value, tuple) or kind is bool and not isinstance(value, bool)
-        modules = any(word in field.name for word in ("layers", "depth", "blocks"))
-        most = 500 if modules else 2**24
-        wrong = wrong or len(counts) > 64
-        if wrong or any(type(n) is not int or not 0 <= n <= most for n in counts):
-            raise RefineError(f"{where}{field.name} is {value!r}, which no such network has")
-
-
-def _by_index(piece: tuple[int | None, str, Transform]) -> int:
-    return -1 if piece[0] is None else piece[0]
 
 
 def _table(model: ModelConfig, folder: str, names: Mapping[str, Any]) -> Table:

@@ -52,7 +52,7 @@ TABLE: Table = [
 ]
 
 
-_SIDES = {"latent_pos_embed.pos_embed": "max_latent_size", "vit_pos_embed.pos_embed": "vit_max_num_patch_per_side"}
+SIDES = {"latent_pos_embed.pos_embed": "max_latent_size", "vit_pos_embed.pos_embed": "vit_max_num_patch_per_side"}
 
 
 def grid_sides(shapes: Mapping[str, Sequence[int]], what: str = "state dict") -> dict[str, int]:
@@ -62,13 +62,15 @@ def grid_sides(shapes: Mapping[str, Sequence[int]], what: str = "state dict") ->
     field is absent where its table is. Raises RefineError for a table that is of no square grid.
     """
     sides = {}
-    for key, name in _SIDES.items():
+    for key, name in SIDES.items():
         if key not in shapes:
             continue
-        cells = shapes[key][0]
-        sides[name] = math.isqrt(cells)
-        if sides[name] ** 2 != cells:
-            raise RefineError(f"{what}: {key} has {cells} rows, which is no square grid; use a released file")
+        shape = tuple(shapes[key])
+        side = math.isqrt(shape[0]) if len(shape) == 2 else 0
+        if side < 1 or side**2 != shape[0]:
+            has = f"has {shape[0]} rows" if len(shape) == 2 else f"has shape {list(shape)}"
+            raise RefineError(f"{what}: {key} {has}, which is no square grid; use a released file")
+        sides[name] = side
     return sides
 
 
@@ -78,7 +80,7 @@ def position_tables(config: BagelConfig) -> dict[str, np.ndarray]:
     [side², hidden] float32 each. `mapping.to_reference` does not produce them: they are in no tree. A file that the
     authors' programs are to load needs them.
     """
-    return {key: _grid(getattr(config, name), config.hidden_size) for key, name in _SIDES.items()}
+    return {key: _grid(getattr(config, name), config.hidden_size) for key, name in SIDES.items()}
 
 
 def _grid(side: int, features: int) -> np.ndarray:
@@ -93,15 +95,16 @@ def check_position_tables(tensors: Mapping[str, np.ndarray], config: BagelConfig
 
     A file without them is accepted, as the authors' training accepts it.
     """
-    for key, table in position_tables(config).items():
+    for key, name in SIDES.items():
         if key not in tensors:
             continue
-        given, name = np.asarray(tensors[key]), _SIDES[key]
-        if given.shape != table.shape:
+        side, given = getattr(config, name), tensors[key]
+        if tuple(given.shape) != (side**2, config.hidden_size):  # before anything of that size is made
             raise RefineError(
-                f"{what}: {key} has shape {list(given.shape)}, {name} {getattr(config, name)} gives"
-                f" {list(table.shape)}; correct {name} (see grid_sides)"
+                f"{what}: {key} has shape {list(given.shape)}, {name} {side} gives {[side**2, config.hidden_size]};"
+                f" correct {name} (see grid_sides)"
             )
+        given, table = np.asarray(given), _grid(side, config.hidden_size)
         error = float(np.abs(given.astype(np.float32) - table).max())
         if not error <= _TABLE_TOLERANCE:
             raise RefineError(

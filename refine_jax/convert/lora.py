@@ -1,4 +1,4 @@
-"""LoRA files of Qwen-Image(-Edit) in the dialects in circulation <-> our ``lora`` collections.
+"""LoRA files of Qwen-Image(-Edit) in the dialects in circulation, and of BAGEL in PEFT's <-> our ``lora`` collections.
 
 A module is called by its name in the reference (diffusers' transformer, transformers' text encoder) behind a prefix,
 its two matrices and its alpha by a suffix:
@@ -14,6 +14,8 @@ kohya      ``lora_unet_`` / ``lora_te_`` with ``_`` for ``.``     ``.lora_down.w
 
 Stored are A ``[r, in]`` and B ``[out, r]``; the layer adds ``alpha / r · B A x``. Alpha stands in an ``.alpha`` key, in
 the file's ``lora_adapter_metadata`` (diffusers >= 0.34) or in PEFT's ``adapter_config.json``; without one it is r.
+
+BAGEL's modules are called as in its released weights (``language_model.model.layers.3.self_attn.q_proj_moe_gen``).
 """
 
 import json
@@ -35,9 +37,10 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
 from refine_jax.checkpoint import write_tensors
+from refine_jax.convert.keys_bagel import TABLE as BAGEL_TABLE
 from refine_jax.convert.keys_mmdit import TABLE as MMDIT_TABLE
 from refine_jax.convert.keys_vl import LAYOUTS, vl_table
-from refine_jax.convert.mapping import reference_shapes
+from refine_jax.convert.mapping import Table, reference_shapes
 from refine_jax.errors import RefineError, listed
 from refine_jax.models.qwen_vl_config import QwenVLConfig
 
@@ -51,15 +54,16 @@ _DOTTED: dict[str, dict[str, str | None]] = {
         **dict.fromkeys(("", "text_encoder.", "base_model.model.", "text_encoder.base_model.model.")),
         "text_encoders.qwen25_7b.transformer.": "comfyui",
     },
+    "bagel": dict.fromkeys(("", "base_model.model.", "bagel.")),
 }
 # Prefixes of names in which every dot became an underscore.
-_FLAT = {"mmdit": ("lora_unet_", "lora_transformer_", "lycoris_"), "vl": ("lora_te_", "lora_te1_")}
+_FLAT = {"mmdit": ("lora_unet_", "lora_transformer_", "lycoris_"), "vl": ("lora_te_", "lora_te1_"), "bagel": ()}
 # What we write: dialect -> network -> (prefix, layout of the text encoder's names).
 _WRITTEN = {
-    "peft": {"mmdit": ("transformer.", ""), "vl": ("text_encoder.", "nested")},
+    "peft": {"mmdit": ("transformer.", ""), "vl": ("text_encoder.", "nested"), "bagel": ("", "")},
     "comfyui": {"mmdit": ("diffusion_model.", ""), "vl": ("text_encoders.qwen25_7b.transformer.", "flat")},
 }
-_COMPONENTS = {"mmdit": "transformer", "vl": "text_encoder"}
+_COMPONENTS = {"mmdit": "transformer", "vl": "text_encoder", "bagel": "bagel"}
 
 _SUFFIX = re.compile(
     r"(?P<module>.+)\.(?:(?P<a>lora_A|lora[._]down)|(?P<b>lora_B|lora[._]up))(?:\.[^.]+)?\.weight|(?P<of>.+)\.alpha"
@@ -88,11 +92,11 @@ _ALPHA_DTYPES = (*_DTYPES, "F64", "I64", "I32")
 class Adapter:
     """A LoRA as read from a file.
 
-    trees: "mmdit", "vl" (those that it adapts) -> nested dict, ``{"a": [.., in, r], "b": [.., r, out]}`` at the path of
-    each dense layer; numpy, dtypes as stored, alpha / r folded into ``b``. Blocks are stacked on axis 0, zero where
-    the file has none, and ranks zero-padded to the largest of the stack. dialects: how the file names things. ranks:
-    "mmdit/blocks/attn/to_q" -> the rank of each block (0: none), one number for a layer of its own. source: the file.
-    metadata: the entries of its header.
+    trees: "mmdit", "vl", "bagel" (those that it adapts) -> nested dict, ``{"a": [.., in, r], "b": [.., r, out]}`` at
+    the path of each dense layer; numpy, dtypes as stored, alpha / r folded into ``b``. Blocks are stacked on axis 0,
+    zero where the file has none, and ranks zero-padded to the largest of the stack. dialects: how the file names
+    things. ranks: "mmdit/blocks/attn/to_q" -> the rank of each block (0: none), one number for a layer of its own.
+    source: the file. metadata: the entries of its header.
     """
 
     trees: Mapping[str, Any]
@@ -121,7 +125,8 @@ def _modules(network: str, tree: Mapping[str, Any], layouts: Sequence[str] = tup
     """The reference's modules that the leaves of `tree` (anything with a shape) stand for."""
     leaves = traverse_util.flatten_dict(dict(tree), sep="/")
     # Sizes of the encoder only matter to its patch convolution, which is not named by a string and left out here.
-    tables = [MMDIT_TABLE] if network == "mmdit" else [vl_table(QwenVLConfig(), layout) for layout in layouts]
+    own: dict[str, Table] = {"mmdit": MMDIT_TABLE, "bagel": BAGEL_TABLE}
+    tables = [own[network]] if network in own else [vl_table(QwenVLConfig(), layout) for layout in layouts]
     for table in tables:
         rules = [rule for rule in table if rule.path is not None and isinstance(rule.transform, str)]
         for path, leaf in leaves.items():
@@ -176,8 +181,8 @@ def _unknown(key: str) -> str:
 def read_adapter(path: str | os.PathLike, abstract: Mapping[str, Any]) -> Adapter:
     """Read a LoRA file, whatever its dialect (the module's docstring lists them).
 
-    path: a .safetensors file, or a folder that holds exactly one. abstract: `ModelConfig.abstract()`, with scanned
-    blocks: trees of shapes under "mmdit" and, to adapt the text encoder, "vl".
+    path: a .safetensors file, or a folder that holds exactly one. abstract: `ModelConfig.abstract()` or that of
+    `BagelModel`, with scanned blocks: trees of shapes under "mmdit" and, to adapt the text encoder, "vl"; or "bagel".
 
     Raises RefineError naming the file: missing, truncated or corrupt, or with a bounded list of all that does not fit
     (unknown keys, an A without its B, wrong shapes or ranks, other dtypes than bfloat16, float16 and float32, numbers
@@ -474,7 +479,7 @@ def write_adapter(
     dialect: str = "peft",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a ``lora`` collection ({"mmdit": tree, "vl": tree}, or one of them) as a file that others load.
+    """Write a ``lora`` collection ({"mmdit": tree, "vl": tree}, one of them, or {"bagel": tree}) as a file for others.
 
     path: ends with .safetensors; written aside, then renamed. dialect: "peft" (diffusers' `load_lora_weights`; ranks,
     alphas in its metadata) or "comfyui" (`diffusion_model.…`, ``.alpha`` keys). Alpha is recorded as the rank, so the
@@ -492,6 +497,8 @@ def write_adapter(
     for network, tree in lora.items():
         if network not in _COMPONENTS:
             raise RefineError(f"LoRA of {network!r}: give trees under {', '.join(_COMPONENTS)}")
+        if network not in _WRITTEN[dialect]:
+            raise RefineError(f"LoRA dialect {dialect!r}: has no names for {network}; write it as peft")
         pairs = _pairs(tree, f"LoRA of {network}")
         prefix, layout = _WRITTEN[dialect][network]
         kernels = {f"{k}/kernel": SimpleNamespace(shape=(*a.shape[:-1], b.shape[-1])) for k, (a, b) in pairs.items()}

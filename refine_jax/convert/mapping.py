@@ -290,17 +290,34 @@ def reference_shapes(table: Table, abstract_tree: Mapping[str, Any]) -> dict[str
     }
 
 
+def places(table: Table, abstract_tree: Mapping[str, Any]) -> dict[str, tuple[str, int | None, Transform]]:
+    """Where each of the reference's tensors is held: its key -> (leaf's path, index on the leaf's axis 0, transform).
+
+    The inverse of the accounting (`assign`), for what writes tensors one at a time.
+    """
+    return {
+        key: (path, index, how)
+        for path, leaf in _flatten(abstract_tree).items()
+        for key, index, how in _keys(path, leaf.shape, table)
+    }
+
+
 def _restore(path: str, leaf: np.ndarray, table: Table) -> list[tuple[str, np.ndarray]]:
+    return [
+        (key, how.inverse(leaf if index is None else leaf[index])) for key, index, how in _keys(path, leaf.shape, table)
+    ]
+
+
+def _keys(path: str, shape: Sequence[int], table: Table) -> list[tuple[str, int | None, Transform]]:
     matches = [
         (rule, found) for rule in table if rule.path is not None and (found := rule.path_pattern.fullmatch(path))
     ]
     if len(matches) != 1:
         raise RefineError(f"parameter {path}: {len(matches)} rules of the table give it, 1 expected")
     rule, found = matches[0]
-    inverse = rule.how.inverse
-    if inverse is None:
+    if rule.how.inverse is None:
         raise RefineError(f"parameter {path}: transform {rule.how.name} has no inverse")
     values = found.groupdict()
     if rule.stack is None:
-        return [(_fill(rule.key, values), inverse(leaf))]
-    return [(_fill(rule.key, {**values, rule.stack: index}), inverse(leaf[index])) for index in range(leaf.shape[0])]
+        return [(_fill(rule.key, values), None, rule.how)]
+    return [(_fill(rule.key, {**values, rule.stack: index}), index, rule.how) for index in range(shape[0])]
