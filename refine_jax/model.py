@@ -190,13 +190,15 @@ class ModelConfig:
 
         grids, present: as in `prompts.encode_prompt`. Raises `RefineError` where the pictures alone are too long.
         """
-        while True:
-            encoded = prompts.encode_prompt(
-                tokenizer, self.prompt, text, grids, self.vl.vision.spatial_merge_size, present
-            )
-            if len(encoded) <= length or not text:
+        merge = self.vl.vision.spatial_merge_size
+        length = min(length, self.prompt.drop_tokens + self.prompt.max_tokens)
+        without_limit = dataclasses.replace(self.prompt, max_tokens=2**31)
+        while text:
+            encoded = prompts.encode_prompt(tokenizer, without_limit, text, grids, merge, present)
+            if len(encoded) <= length:
                 return encoded
             text = text[: -max(1, (len(encoded) - length) // 4)]
+        return prompts.encode_prompt(tokenizer, self.prompt, text, grids, merge, present)
 
     @staticmethod
     def byte_tokenizer(folder: str | Path | None = None) -> Any:

@@ -1,0 +1,434 @@
+"""RvR conditioning on the MMDiT: tokens and no latents, in the one sampler, the one objective and the one trainer."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import records_toy
+import toy
+from PIL import Image
+
+from refine_jax import conditioning, flow, loading, objectives, prompts, regenerate
+from refine_jax.data import loader, world
+from refine_jax.errors import RefineError
+from refine_jax.model import ModelConfig, decode_latents, encode_images, encode_prompts, velocity
+from refine_jax.models.mmdit import image_positions, text_start
+from refine_jax.models.qwen_vl_config import merged_tokens
+from refine_jax.refine import Refiner
+from refine_jax.regenerate import MMDiTSpec, mmdit_program
+from refine_jax.train import train
+
+SIZE = (64, 64)
+PROMPTS = ("a red star", "心形")
+# Few tokens besides the picture's, so that it matters to a model of random weights.
+SHORT = prompts.PromptTemplate("<|im_start|>{}:{}<|im_end|>", "<|image_pad|>", 1)
+LENGTH = 24
+
+# Compiling is most of the time here, and the arithmetic is the same at any level.
+quick = jax.jit(
+    mmdit_program.__wrapped__,
+    static_argnames=("model", "spec"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ModelConfig.byte_tokenizer()
+
+
+def made(kind: str, tokenizer, prompt: str = "rvr-training") -> ModelConfig:
+    template = prompts.for_tokenizer(prompts.TEMPLATES[prompt], tokenizer)
+    areas = dict(vae_area=SIZE[0] * SIZE[1], condition_area=32 * 32)
+    return dataclasses.replace(toy.model_config(), conditioning=kind, prompt=template, **areas)
+
+
+def short(kind: str) -> ModelConfig:
+    return dataclasses.replace(made(kind, ModelConfig.byte_tokenizer()), prompt=SHORT)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return toy.random_variables(toy.model_config(), 3)
+
+
+def spec_of(model: ModelConfig) -> MMDiTSpec:
+    return MMDiTSpec(SIZE, model.vl_sizes(1.0))
+
+
+def inputs_of(model: ModelConfig, tokenizer, pictures: list[np.ndarray], rounds: int, seed: int = 0) -> dict:
+    """Pictures in a canvas with room to spare, guided, three steps."""
+    rng, grid = np.random.default_rng(seed), model.vl_grid(1.0)
+    encode = lambda text: prompts.encode_prompt(
+        tokenizer, model.prompt, text, [grid], model.vl.vision.spatial_merge_size
+    )
+    batch = lambda texts: vars(prompts.pad_prompts([encode(text) for text in texts], LENGTH))
+    canvas = np.full((len(pictures), 80, 72, 3), 77, np.uint8)
+    for row, picture in zip(canvas, pictures):
+        row[: picture.shape[0], : picture.shape[1]] = picture
+    return dict(
+        pictures=canvas,
+        box=np.array([(0, 0, p.shape[1], p.shape[0]) for p in pictures], np.int32),
+        prompt=batch(PROMPTS[: len(pictures)]),
+        negative=batch([model.negative_prompt] * len(pictures)),
+        sigmas=flow.schedule(model.scheduler, 3, 64),
+        true_cfg_scale=np.array([4.0, 2.5], np.float32)[: len(pictures)],
+        noise=rng.standard_normal((rounds, len(pictures), *model.latent_size(SIZE), model.vae.z_dim), np.float32),
+    )
+
+
+def pictures(seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (*side, 3), np.uint8) for side in ((64, 64), (80, 72))]
+
+
+# ---------------------------------------------------------------------------------------------------------- the sampler
+
+
+@pytest.mark.parametrize("kind", ["rvr", "rvr_vae"])
+def test_the_sampler_is_a_loop_of_velocities(kind, tokenizer, variables):
+    """Two rounds of the program against plain Python: contexts written out, both halves of the guidance by themselves,
+    the picture of a round read again by the next. "rvr_vae", the paper's ablation, has the picture's latents too."""
+    model = short(kind)
+    inputs = inputs_of(model, tokenizer, pictures(), 2)
+    found = quick(variables, {}, inputs, model=model, spec=spec_of(model))
+
+    height, width = model.latent_size(SIZE)
+    grids = [(height // 2, width // 2)] * (2 if kind == "rvr_vae" else 1)
+    count = height * width // 4 * len(grids)
+    shown = [
+        np.asarray(conditioning.view(picture, box, (SIZE,)))
+        for picture, box in zip(inputs["pictures"], inputs["box"], strict=True)
+    ]
+    # The picture that is as large as what is made is read as it is.
+    np.testing.assert_array_equal(shown[0], pictures()[0])
+    evaluate = jax.jit(lambda *arguments: velocity(model, variables, {}, *arguments))
+    encode = jax.jit(lambda *arguments: encode_prompts(model, variables, {}, *arguments))
+    to_latents = jax.jit(lambda picture: encode_images(model, variables, [picture]))
+    to_picture = jax.jit(lambda latents: decode_latents(model, variables, latents))
+    picture = jnp.asarray(np.stack(shown))
+    for number in range(2):
+        read = jnp.stack([conditioning.view(row, None, model.vl_sizes(1.0)) for row in picture])
+        latents = to_latents(picture) if kind == "rvr_vae" else []
+        packed = [flow.pack_latents(z) for z in latents]
+        context = conditioning.ImageTokens(
+            packed[0] if packed else jnp.zeros((2, 0, model.mmdit.in_channels)),
+            jnp.asarray([image_positions(grids)] * 2),
+            jnp.ones((2, count), bool),
+            jnp.asarray([text_start(grids)] * 2),
+        )
+        texts = encode([inputs["prompt"], inputs["negative"]], [read])
+        assert texts[0][0].shape[1] == LENGTH - 1
+        x, sigmas = flow.pack_latents(inputs["noise"][number]), inputs["sigmas"]
+        for now, following in zip(sigmas[:-1], sigmas[1:]):
+            positive, negative = (evaluate(x, jnp.full(2, now), context, *text) for text in texts)
+            guided = np.asarray(negative + inputs["true_cfg_scale"][:, None, None] * (positive - negative))
+            length = lambda v: np.linalg.norm(v, axis=-1, keepdims=True)
+            x = x + (following - now) * guided * length(positive) / length(guided)
+        picture = to_picture(flow.unpack_latents(x, (height, width)))
+        difference = np.abs(np.asarray(found.rounds[number], int) - np.asarray(picture, int))
+        # A value between two whole numbers may fall to either side.
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+        assert np.std(np.asarray(picture)) > 20
+        picture = found.rounds[number].astype(jnp.float32)
+    np.testing.assert_array_equal(found.pictures, found.rounds[1])
+    assert (np.asarray(found.rounds[0]) != np.asarray(found.rounds[1])).mean() > 0.3
+
+
+def test_no_rounds_give_the_picture_back(tokenizer, variables):
+    model = short("rvr")
+    one = np.array([[[9, 200, 31]]], np.uint8)
+    inputs = inputs_of(model, tokenizer, [pictures()[0], one], 0)
+    found = quick(variables, {}, inputs, model=model, spec=spec_of(model))
+    np.testing.assert_array_equal(found.pictures[0], pictures()[0])
+    np.testing.assert_array_equal(found.pictures[1], np.broadcast_to(one, (*SIZE, 3)))
+    assert found.rounds.shape == (0, 2, *SIZE, 3)
+
+
+def test_the_picture_is_known_by_its_tokens_alone(tokenizer, variables):
+    """Pixels that the encoder does not see are not seen, and the VAE's encoder is no part of the program; with the
+    picture's latents in the stream both are otherwise, and what the encoder sees matters in either."""
+    flat = np.full((*SIZE, 3), 128, np.uint8)
+    checks = flat + (np.indices(SIZE).sum(0) % 2).astype(np.uint8)[..., None] * 2 - 1
+    other = np.where(np.arange(64)[:, None, None] < 32, np.uint8(20), np.uint8(230)) + np.zeros_like(flat)
+    model = short("rvr")
+    views = [conditioning.view(x, None, (SIZE, *model.vl_sizes(1.0))) for x in (flat, checks, other)]
+    np.testing.assert_array_equal(views[0], views[1])
+    assert (checks != flat).all() and (views[0] != views[2]).all()
+
+    broken = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * np.nan if path[0].key == "vae" and path[1].key in ("encoder", "quant_conv") else x,
+        variables,
+    )
+    counts = [sum(np.isnan(x).any() for x in jax.tree.leaves(broken[name])) for name in ("mmdit", "vl", "vae")]
+    assert counts[:2] == [0, 0] and 5 < counts[2] < len(jax.tree.leaves(broken["vae"]))
+
+    def run(kind: str, weights, picture: np.ndarray) -> np.ndarray:
+        model = short(kind)
+        inputs = inputs_of(model, tokenizer, [picture, picture], 2)
+        return np.asarray(quick(weights, {}, inputs, model=model, spec=spec_of(model)).pictures[0], int)
+
+    base = run("rvr", variables, flat)
+    np.testing.assert_array_equal(run("rvr", variables, checks), base)
+    np.testing.assert_array_equal(run("rvr", broken, flat), base)
+    assert (run("rvr", variables, other) != base).mean() > 0.05
+    shown = run("rvr_vae", variables, flat)
+    assert (run("rvr_vae", variables, checks) != shown).any()
+    assert (run("rvr_vae", broken, flat) != shown).mean() > 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+@pytest.mark.parametrize("prompt", ["rvr-training", "rvr-inference"])
+def test_the_manifest_says_it(tokenizer, prompt):
+    model = made("rvr", tokenizer, prompt)
+    again = ModelConfig.from_manifest(json.loads(json.dumps(model.to_manifest())))
+    assert again == model and again.conditioning == "rvr" and again.pictures.seen == ()
+    older = {k: v for k, v in toy.model_config().to_manifest().items() if k != "conditioning"}
+    assert ModelConfig.from_manifest(json.loads(json.dumps(older))) == toy.model_config()
+    with pytest.raises(RefineError, match="conditioning 'rrv': choose one of refine, rvr"):
+        ModelConfig.from_manifest({**model.to_manifest(), "conditioning": "rrv"})
+
+
+def test_a_model_is_used_for_what_it_was_made(tokenizer, variables):
+    model = short("rvr")
+    with pytest.raises(RefineError, match="refining: this model has conditioning 'rvr'"):
+        Refiner(model, variables, tokenizer)
+    inputs = inputs_of(model, tokenizer, pictures(), 1)
+    with pytest.raises(RefineError, match="regenerating: this model has conditioning 'refine'"):
+        regenerate.mmdit_program(
+            variables, {}, inputs, model=dataclasses.replace(model, conditioning="refine"), spec=spec_of(model)
+        )
+
+
+@pytest.mark.parametrize("text", ["", "画一只猫", "一" * 10_000, "a cat " * 2000])
+def test_prompts_of_any_length(tokenizer, text):
+    """To be sampled, a prompt that is too long is an error; in training it loses its end."""
+    model = made("rvr", tokenizer)
+    grid = model.vl_grid(1.0)
+    encode = lambda: prompts.encode_prompt(tokenizer, model.prompt, text, [grid], model.vl.vision.spatial_merge_size)
+    fitted = model.fit_prompt(tokenizer, text, [grid], [True], 320)
+    assert len(fitted) <= 320 and fitted.image_index.max() == merged_tokens(grid, 2) - 1
+    if len(text) > 100:
+        with pytest.raises(RefineError, match="prompt too long"):
+            encode()
+    else:
+        np.testing.assert_array_equal(encode().ids, fitted.ids)
+        assert text in tokenizer.decode(fitted.ids.tolist())
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+
+def same(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_pairs_of_the_small_world():
+    buckets = ((64, 64), (32, 32))
+    batches = lambda **changes: loader.world_batches(5, 4, buckets, **changes)
+    whole = [next(found) for found in [batches()] for _ in range(3)]
+    for step, batch in enumerate(whole):
+        side = buckets[step % 2][0]
+        assert batch["image"].shape == batch["target"].shape == (4, side, side, 3)
+        for row in range(4):
+            pair = world.sample(5, 4 * step + row, "train", side)
+            np.testing.assert_array_equal(batch["image"][row], pair["misaligned_image"])
+            np.testing.assert_array_equal(batch["target"][row], pair["image"])
+            assert loader.decode_instruction(batch["instruction"][row]) == pair["prompt"]
+            assert world.check(batch["target"][row], pair["spec"]).correct or side < 64
+    # Two hosts have its halves; a resumed run goes on.
+    for host in range(2):
+        part = batches(process_index=host, process_count=2)
+        for batch in whole:
+            same(next(part), {name: x[2 * host : 2 * host + 2] for name, x in batch.items()})
+    resumed = batches()
+    resumed.set_state({"step": 2})
+    same(next(resumed), whole[2])
+    with pytest.raises(RefineError, match="square"):
+        loader.world_batches(0, 1, ((32, 64),))
+
+
+def test_whole_records(tmp_path, monkeypatch):
+    """Pictures of a dataset whole; masks and references are not opened."""
+    dataset = records_toy.write(tmp_path / "data", 8, 1)
+    monkeypatch.setattr(loader, "open_picture", None)
+    monkeypatch.setattr(loader.pixels, "region", None)
+    batches = loader.whole_batches(dataset, 0, 2, [(32, 32), (32, 64)], max_corrupt=0)
+    seen = {}
+    for _ in range(2 * batches.plan.steps):
+        batch = next(batches)
+        for k, row in enumerate(batch["instruction"]):
+            number = int(loader.decode_instruction(row).split()[3])
+            seen[number] = [batch[name][k] for name in ("image", "target")]
+        assert set(batch) == {"image", "target", "instruction", "skipped"} and not batch["skipped"].any()
+    assert set(seen) == set(range(8))
+    for number, pair in seen.items():
+        for array, source in zip(pair, records_toy.pair(number)):
+            height, width = array.shape[:2]
+            across = Image.fromarray(source).resize((width, len(source)), Image.Resampling.LANCZOS)
+            np.testing.assert_array_equal(array, across.resize((width, height), Image.Resampling.LANCZOS))
+    with pytest.raises(RefineError, match="max_corrupt"):
+        loader.whole_batches(dataset, 0, 2, [(32, 32)], max_corrupt=-1)
+
+
+# -------------------------------------------------------------------------------------------------------- the objective
+
+
+def configuration(base, **changes):
+    """The toy configuration that refines, switched."""
+    config = toy.refine_config("")
+    config.steps, config.save_every = 2, 2
+    config.init_from, config.model, config.train_encoder = str(base), {}, False
+    del config.boundary
+    config.data = dict(source="world", buckets=((32, 32),), weights=(1.0,), text_length=320, workers=0)
+    config.conditioning, config.prompt = "rvr", "rvr-training"
+    config.instruction_dropout = 0.5
+    for name, value in changes.items():
+        with config.ignore_type():
+            config[name] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    toy.write_model(folder)
+    return folder
+
+
+LORA = dict(rank=2, alpha=6.0, targets=r"blocks/attn/to_(q|out)")
+
+
+def test_the_loss_sees_tokens_alone(base):
+    """The encoded batch holds the target and the tokens; the loss is the plain mean squared velocity error, and its
+    gradient reaches the tokens."""
+    objective = objectives.make(configuration(base))
+    model, batches = objective.model, objective.batches()
+    assert model.conditioning == "rvr" and objective.refiner is None
+    batch = next(batches)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+    assert shapes == objective.batch_shapes()[0] and set(batch) == {"image", "target", "prompt"}
+    texts = objective.batches()
+    variables = toy.random_variables(model, 1)
+    encode = jax.jit(lambda batch: objectives.encode(model, variables, batch, None))
+    encoded = encode(batch)
+    assert set(encoded) == {"target", "text", "text_mask"}
+    other = encode({**batch, "image": 255 - batch["image"]})
+    assert jnp.abs(other["text"] - encoded["text"]).max() > 1e-3
+    np.testing.assert_array_equal(other["target"], encoded["target"])
+    texts.close()
+    batches.close()
+
+    key = jax.random.key(2)
+
+    @jax.jit
+    def measured(text):
+        return objectives.flow_loss(model, variables, {}, {**encoded, "text": text}, key, SIGMA, 9.0)
+
+    (loss, parts), gradient = jax.value_and_grad(measured, has_aux=True)(encoded["text"])
+    assert set(parts) == {"base"}
+    k_sigma, k_noise = jax.random.split(key)
+    z0 = encoded["target"]
+    noise, level = jax.random.normal(k_noise, z0.shape), flow.sample_sigma(k_sigma, (len(z0),), **SIGMA)
+    grid = (z0.shape[1] // 2, z0.shape[2] // 2)
+    count = grid[0] * grid[1]
+    context = conditioning.ImageTokens(
+        jnp.zeros((2, 0, model.mmdit.in_channels)),
+        jnp.asarray([image_positions([grid])] * 2),
+        jnp.ones((2, count), bool),
+        jnp.asarray([text_start([grid])] * 2),
+    )
+    x = flow.pack_latents((1 - level[:, None, None, None]) * z0 + level[:, None, None, None] * noise)
+    evaluate = jax.jit(lambda *arguments: velocity(model, variables, {}, *arguments))
+    predicted = evaluate(x, level, context, encoded["text"], encoded["text_mask"])
+    wanted = jnp.mean((flow.unpack_latents(predicted, z0.shape[1:3]) - (noise - z0)) ** 2)
+    np.testing.assert_allclose([loss, parts["base"]], [wanted] * 2, rtol=1e-5)
+    real = np.asarray(encoded["text_mask"])
+    assert (np.abs(gradient).max(-1)[real] > 0).all() and not np.asarray(gradient)[~real].any()
+
+
+SIGMA = dict(distribution="logit_normal", shift=4.0)
+
+
+def test_a_lora_is_trained_and_carries_its_conditioning(base, tmp_path):
+    """On a model that was made to refine: the file says what it is for."""
+    folder = train(configuration(base, lora=LORA, ema_decay=0.0), tmp_path / "run", progress=False)
+    file = folder / objectives.LORA_FILE
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [1, 2] and all(line["grad_norm"] > 0 for line in lines)
+    assert {"loss", "base"} <= lines[0].keys() and not {"band", "inside"} & lines[0].keys()
+    loaded = loading.load(base, adapters=file)
+    assert loaded.config.conditioning == "rvr" and "Analyze the potential" in loaded.config.prompt.template
+    assert loading.load(base).config.conditioning == "refine"
+    with pytest.raises(RefineError, match="refining: this model has conditioning 'rvr'"):
+        Refiner.load(base, lora=file)
+
+
+def test_a_whole_model_is_trained_from_scratch_and_loads_back(base, tmp_path):
+    """The switch in a configuration that has the encoder trained too."""
+    scratch = toy.refine_config("").model.to_dict()
+    changes = dict(init_from="", vae_from=str(base), model=scratch, train_encoder=True, prompt="rvr-inference")
+    config = configuration(base, **changes)
+    folder = train(config, tmp_path / "run", progress=False)
+    loaded = loading.load(folder)
+    expected = prompts.for_tokenizer(prompts.TEMPLATES["rvr-inference"], loaded.tokenizer)
+    assert loaded.config.conditioning == "rvr" and loaded.config.prompt == expected
+    with pytest.raises(RefineError, match="refining: this model has conditioning 'rvr'"):
+        Refiner.load(folder)
+    # Training it further needs no switch: the model says it.
+    again = configuration(folder, conditioning="", prompt="")
+    assert objectives.make(again).model.pictures == conditioning.CONDITIONINGS["rvr"]
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        (dict(prompt=""), ("conditioning 'rvr'", "set prompt", "rvr-training")),
+        (dict(prompt="rvr"), ("prompt 'rvr'", "rvr-inference")),
+        (dict(conditioning="both"), ("conditioning 'both'", "choose one of refine, rvr")),
+        (dict(conditioning="refine"), ("data.source 'world'", "no pairs", "'refine'")),
+        (dict(data=dict(source="synth")), ("data.source 'synth'", "no pairs", "'rvr'")),
+        (dict(data=dict(source="cache")), ("data.source 'cache'", "no pairs", "'rvr'")),
+        (dict(data=dict(source="web")), ("data.source 'web'", "world")),
+    ],
+)
+def test_bad_settings(base, changes, words):
+    with pytest.raises(RefineError) as error:
+        objectives.make(configuration(base, **changes))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+def test_adapters_of_two_kinds_do_not_mix(base, tmp_path):
+    config = loading.read_config(base)
+    rng = np.random.default_rng(0)
+    tree = {
+        name: {"a": rng.standard_normal((2, 16, 2), np.float32), "b": np.ones((2, 2, 16), np.float32)}
+        for name in ("to_q",)
+    }
+    files = {}
+    for kind in ("refine", "rvr", "mute", "broken"):
+        files[kind] = tmp_path / f"{kind}.safetensors"
+        said = {} if kind == "mute" else {"refine_jax_conditioning": "{"}
+        if kind in conditioning.CONDITIONINGS:
+            said = loading.adapter_metadata(dataclasses.replace(config, conditioning=kind))
+        loading.lora.write_adapter(files[kind], {"mmdit": {"blocks": {"attn": tree}}}, metadata=said)
+    assert loading.load(base, adapters=[files["rvr"], files["mute"]]).config.conditioning == "rvr"
+    assert loading.load(base, adapters=[files["refine"], files["mute"]]).config.conditioning == "refine"
+    with pytest.raises(RefineError, match="'refine', adapters were trained refine.safetensors with 'refine', rvr"):
+        loading.load(base, adapters=[files["refine"], files["rvr"]])
+    with pytest.raises(RefineError, match="broken.safetensors.*damaged"):
+        loading.load(base, adapters=files["broken"])
