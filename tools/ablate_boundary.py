@@ -63,6 +63,12 @@ def judge(model: str | Path, scenes: list[dict]) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in found.items()}
 
 
+def paired(values: np.ndarray, base: np.ndarray) -> tuple[tuple, tuple]:
+    """(mean, ratio to `base`) with intervals, over the scenes that have a value: a mask may leave no band."""
+    there = np.isfinite(values) & np.isfinite(base)
+    return bootstrap(values[there]), bootstrap(values[there], base[there])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True)
@@ -82,7 +88,7 @@ def main() -> None:
     table = {}
     for name, found in errors.items():
         for kind, values in found.items():
-            mean, ratio = bootstrap(values), bootstrap(values, base[kind])
+            mean, ratio = paired(values, base[kind])
             table[f"{name} {kind}"] = {"mean": mean, "ratio": ratio}
             print(
                 f"{name:>12} {kind:>6}: {mean[0]:8.3f} ({mean[1]:.3f} to {mean[2]:.3f}), ratio "

@@ -28,7 +28,8 @@ TIMINGS = ("seconds", "data_wait", "images_per_second", "mfu")
 
 
 def command(config: str, workdir: Path, more: list[str]) -> list[str]:
-    return [sys.executable, "-m", "refine_jax", "train", "--quiet", "--config", config, "--workdir", str(workdir), *more]
+    train = [sys.executable, "-m", "refine_jax", "train", "--quiet"]
+    return [*train, "--config", config, "--workdir", str(workdir), *more]
 
 
 def state(workdir: Path) -> tuple[int, dict[str, np.ndarray], list[dict]]:
