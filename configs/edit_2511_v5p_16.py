@@ -6,7 +6,7 @@ r"""The paper's LoRA on Qwen-Image-Edit-2511 (what the released adapter is for),
         --config.data.path=caches/DIGITS
 
 A sample a chip.
-docs/pods.md has the compiler's figures.
+By the compiler: 24.3 of 95 GiB a chip (26 %), a step takes 3.19 s or more, MFU 81 % at most (docs/pods.md).
 """
 
 import ml_collections

@@ -6,7 +6,7 @@ r"""The paper's LoRA on Qwen-Image-Edit-2511 (what the released adapter is for),
         --config.data.path=caches/DIGITS
 
 Two chips share a sample: its tokens are split, keys and values gathered.
-docs/pods.md has the compiler's figures.
+By the compiler: 12.9 of 32 GiB a chip (40 %), a step takes 0.80 s or more, MFU 81 % at most (docs/pods.md).
 """
 
 import ml_collections
