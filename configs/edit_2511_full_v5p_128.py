@@ -5,9 +5,9 @@ r"""Full fine-tuning of Qwen-Image-Edit-2511's transformer (20.4 B parameters), 
     refine-jax train --config configs/edit_2511_full_v5p_128.py --workdir runs/edit_2511_full \
         --config.data.path=caches/DIGITS
 
-A sample a chip, batch 64. Parameters and moments are float32 and lie split over all chips, rows over 16 and columns over
-4 of them; gradients are scattered the same way. The paper trains no whole transformer: 1e-5 after 500 steps of warm-up is
-the usual start for one of this size, not a result of ours.
+A sample a chip, batch 64. Parameters and moments are float32 and lie split over all chips, rows over 16 and columns
+over 4 of them; gradients are scattered the same way. The paper trains no whole transformer: 1e-5 after 500 steps of
+warm-up is the usual start for one of this size, not a result of ours.
 By the compiler: 27.9 of 95 GiB a chip (29 %), a step takes 3.77 s or more, MFU 80 % at most (docs/pods.md).
 """
 
