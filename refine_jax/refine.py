@@ -427,7 +427,7 @@ class Refiner:
         """Refine the regions of one bucket and write them into `canvases` (a new array where one changes)."""
         (crop, views, steps, style, guided), reference = bucket
         spec = Spec(crop, views, *(reference or (None, None)), style, self._progress.step if progress else None)
-        size = _power_of_two(len(members))
+        size = power_of_two(len(members))
         padded = members + [members[0]] * (size - len(members))
         real = np.arange(size) < len(members)
 
@@ -446,7 +446,7 @@ class Refiner:
             return np.pad(part, spare)
 
         pictures = [cut(canvases[request], windows[request]) for request in owners]
-        pictures += [np.zeros_like(pictures[0])] * (_power_of_two(len(owners)) - len(owners))
+        pictures += [np.zeros_like(pictures[0])] * (power_of_two(len(owners)) - len(owners))
         masks = [cut(m.mask, windows[m.request]) * np.uint8(here) for m, here in zip(padded, real)]
         length = prompts.bucket_length(
             max(len(p) for m in members for p in (m.prompt, m.negative) if p is not None), TEXT_BUCKETS
@@ -509,13 +509,13 @@ class Refiner:
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
 def canvas_side(side: int) -> int:
     """The canvas bucket of a side: at most a quarter more than asked, so that few programs serve all sizes."""
-    step = max(64, _power_of_two(side) // 8)
+    step = max(64, power_of_two(side) // 8)
     return -(-side // step) * step
 
 

@@ -25,7 +25,7 @@ from refine_jax.loading import LoraLike
 from refine_jax.model import ModelConfig, Size
 from refine_jax.models.bagel import latent_position_ids
 from refine_jax.progress import Progress
-from refine_jax.refine import TEXT_BUCKETS, canvas_side, generate
+from refine_jax.refine import TEXT_BUCKETS, canvas_side, generate, power_of_two
 
 Array = jax.Array | np.ndarray
 
@@ -449,7 +449,7 @@ class Regenerator:
         self, spec: BagelSpec, rounds: int, length: int, members: list[_Request], progress: bool
     ) -> list[np.ndarray]:
         """Requests of one bucket: their pictures `[h, w, 3] uint8`."""
-        padded = members + [members[0]] * ((1 << (len(members) - 1).bit_length()) - len(members))
+        padded = members + [members[0]] * (power_of_two(len(members)) - len(members))
         inputs: dict[str, Any] = {
             "prompt": _padded([m.ids for m in padded], length),
             "text_cfg": np.array([m.text_cfg for m in padded], np.float32),
@@ -529,7 +529,7 @@ class MMDiTRegenerator(Regenerator):
 
     def _run(self, spec: Any, rounds: int, length: int, members: list[_Request], progress: bool) -> list[np.ndarray]:
         spec, steps, texts = spec
-        padded = members + [members[0]] * ((1 << (len(members) - 1).bit_length()) - len(members))
+        padded = members + [members[0]] * (power_of_two(len(members)) - len(members))
         batch = lambda k: vars(prompts.pad_prompts([m.ids[k] for m in padded], length))
         grid = self.model.latent_size(spec.size)
         inputs = {

@@ -307,3 +307,15 @@ def test_the_mmdit_behind_the_same_door(tmp_path):
         regenerator.generate("a cat")
     with pytest.raises(RefineError, match="regenerating: this model has conditioning 'refine'"):
         Regenerator.load("tiny")
+
+
+def test_a_model_that_is_shown_latents_too():
+    model = dataclasses.replace(door().model, conditioning="rvr_vae")
+    shown = Regenerator(model, door().variables, door().tokenizer)
+    request = dict(image=photo("a", (60, 90)), prompt="two red cups", seed=1)
+    noise = reference.noise("given", 15, 16)
+    once = shown.regenerate(**request, noise=noise, progress=True)
+    assert once.tobytes() == shown.regenerate(**request, noise=noise).tobytes()
+    assert once.tobytes() != door().regenerate(**request, noise=noise).tobytes()
+    # The latents are a sample, and it is the seed's.
+    assert once.tobytes() != shown.regenerate(**{**request, "seed": 2}, noise=noise).tobytes()
