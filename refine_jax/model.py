@@ -5,7 +5,7 @@ What the sampler (`refine`) and the trainer (`objectives`) both do to arrays sta
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,12 +201,12 @@ class ModelConfig:
         return prompts.encode_prompt(tokenizer, self.prompt, text, grids, merge, present)
 
     @staticmethod
-    def byte_tokenizer(folder: str | Path | None = None) -> Any:
-        """The byte-level tokenizer of the tiny models, written to `folder` (default: nowhere that stays)."""
+    def byte_tokenizer(folder: str | Path | None = None, texts: Iterable[str] = (), merges: int = 0) -> Any:
+        """`prompts.byte_tokenizer`, that of the tiny models, written to `folder` (default: nowhere that stays)."""
         if folder is not None:
-            return prompts.byte_tokenizer(folder)
+            return prompts.byte_tokenizer(folder, texts, merges)
         with tempfile.TemporaryDirectory() as temporary:
-            return prompts.byte_tokenizer(temporary)
+            return prompts.byte_tokenizer(temporary, texts, merges)
 
 
 # The released models, by their names: what a configuration can be compiled for without their weights.

@@ -279,16 +279,19 @@ def qwen_tokenizer(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) 
     return tokenizer
 
 
-def byte_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
-    """Write a byte-level Qwen2 tokenizer to `folder` and load it: ids 0…255 are bytes, 256…263 `SPECIAL_TOKENS`.
+def byte_tokenizer(folder: str | Path, texts: Iterable[str] = (), merges: int = 0) -> tokenizers.Tokenizer:
+    """Write a byte-level Qwen2 tokenizer to `folder` and load it.
 
-    The folder holds what a Qwen2 checkpoint's holds (tokenizer.json, tokenizer_config.json, vocab.json, merges.txt), so
-    transformers' AutoTokenizer and Qwen2Tokenizer load it too.
+    Ids 0…255 are bytes, then come `merges` pairs, those that are most frequent in `texts`, and `SPECIAL_TOKENS`. The
+    folder holds what a Qwen2 checkpoint's holds (tokenizer.json, tokenizer_config.json, vocab.json, merges.txt), so
+    transformers' AutoTokenizer and Qwen2Tokenizer load it too. RefineError where the texts have not so many pairs.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = {symbol: i for i, symbol in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = qwen_tokenizer(vocab, [])
+    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    pairs = _frequent_pairs(symbols, texts, merges) if merges else []
+    vocab = {symbol: i for i, symbol in enumerate([*symbols, *map("".join, pairs)])}
+    tokenizer = qwen_tokenizer(vocab, pairs)
     tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     config = {
@@ -309,8 +312,21 @@ def byte_tokenizer(folder: str | Path) -> tokenizers.Tokenizer:
     texts = {
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
         "vocab.json": json.dumps(vocab, ensure_ascii=False) + "\n",
-        "merges.txt": "#version: 0.2\n",
+        "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, pairs)]) + "\n",
     }
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return load_tokenizer(folder)
+
+
+def _frequent_pairs(symbols: Sequence[str], texts: Iterable[str], merges: int) -> list[tuple[str, str]]:
+    """The first `merges` pairs that byte-pair encoding merges."""
+    learner = qwen_tokenizer({symbol: i for i, symbol in enumerate(symbols)}, [])
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=len(symbols) + merges, initial_alphabet=list(symbols), show_progress=False
+    )
+    learner.train_from_iterator(texts, trainer)
+    found = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    if len(found) < merges:
+        raise RefineError(f"tokenizer: merges {merges}: the texts have {len(found)}; give more texts or fewer merges")
+    return found

@@ -66,7 +66,7 @@ def mmdit_program(
 
     inputs:
       pictures `[B, H, W, 3] uint8`: each in the top-left corner of its canvas; box `[B, 4] int32`: where it lies there,
-      (0, 0, width, height);
+      (0, 0, width, height); has_image `[B] bool`: without, its canvas stays blank and its prompts show none;
       prompt, negative: `prompts.PromptBatch` as dicts, `[B, L…]`; without "negative" there is no guidance;
       sigmas `[S + 1] float32`; true_cfg_scale `[B] float32`; noise `[N, B, h, w, C] float32`, N = 0 included.
 
@@ -76,13 +76,14 @@ def mmdit_program(
     model.require("regenerating", "rvr", "rvr_vae")
     look = lambda pictures, sizes: jax.vmap(lambda picture: conditioning.view(picture, None, sizes))(pictures)
     first = jax.vmap(lambda picture, box: conditioning.view(picture, box, (spec.size,)))
-    given = {name: value for name, value in inputs.items() if name not in ("pictures", "box", "noise")}
+    given = {name: value for name, value in inputs.items() if name not in ("pictures", "box", "has_image", "noise")}
 
     def again(picture: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         seen = [picture] * len(model.pictures.seen)
         read = [look(picture, spec.views)]
         arguments = {**given, "noise": noise}
-        _, made = generate(model, variables, lora, arguments, seen, [None] * len(seen), read, spec.report)
+        present = [inputs["has_image"]] * len(seen)
+        _, made = generate(model, variables, lora, arguments, seen, present, read, spec.report)
         return made, made.astype(jnp.uint8)
 
     picture = first(inputs["pictures"], inputs["box"])
@@ -238,7 +239,7 @@ class Regenerator:
         rules: parallel.Rules = parallel.DEFAULT_RULES,
         progress: bool = False,
     ) -> "Regenerator":
-        """Load a model that regenerates: a model folder, a BAGEL or RvR folder as released, or a name of the model hub.
+        """Load a model that regenerates: the bundled "tiny", a model folder, a BAGEL or RvR folder, or a hub's name.
 
         vae_sides, vit_sides: longest and shortest side of an image as it is painted and as the tower sees it (default:
         the model's; released 1024, 512 and 980, 224). dtype: "float32" or "bfloat16", of weights and computation.
@@ -247,7 +248,7 @@ class Regenerator:
         Raises `RefineError` for an unknown model, a damaged folder, a model that refines regions.
         """
         loaded = loading.load(
-            model,
+            "tiny-rvr" if model == "tiny" else model,
             dtype=dtype,
             vae_sides=vae_sides,
             vit_sides=vit_sides,
@@ -364,13 +365,7 @@ class Regenerator:
 
     def _read_generation(self, prompt: str, size: tuple[int, int] | None = None, **settings: Any) -> _Request:
         model = self.model
-        size = (model.vae_sides[0],) * 2 if size is None else size
-        try:
-            width, height = (int(side) for side in size)
-        except (TypeError, ValueError):
-            raise RefineError(f"size {size!r}: give (width, height) in pixels") from None
-        if any(side < model.stride or side % model.stride for side in (width, height)):
-            raise RefineError(f"size {width}x{height}: give sides that are multiples of {model.stride}")
+        width, height = _sides((model.vae_sides[0],) * 2 if size is None else size, model.stride)
         settings = {
             **settings,
             "renorm": settings.get("renorm") or model.generate_renorm,
@@ -496,17 +491,36 @@ class MMDiTRegenerator(Regenerator):
     """RvR on the Qwen-Image MMDiT: a model of conditioning "rvr".
 
     Requests as `Regenerator`'s, but: text_cfg is the true CFG scale, away from the model's negative prompt; noise is
-    unpacked, `[h, w, C]`; there is no image's guidance, renorm, interval, shift, and no text to image.
+    unpacked, `[h, w, C]`; there is no image's guidance, renorm, interval, shift. From text alone it paints what it was
+    trained to (`config.data.text_to_image`), with the prompt in the same template.
     """
 
     def _read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> _Request:
+        rounds = _whole("rounds", rounds, 0, 100)
+        picture = images.read_picture(image)
+        size = self.model.vae_size(picture.size[0] / picture.size[1])
+        return self._mmdit_request(picture, prompt, rounds, size, settings)
+
+    def _read_generation(self, prompt: str, size: tuple[int, int] | None = None, **settings: Any) -> _Request:
+        model = self.model
+        if size is None:
+            found = model.vae_size(1.0)
+        else:
+            width, height = _sides(size, model.multiple)
+            found = model.vae_size(width / height)
+            if found != (height, width):
+                raise RefineError(
+                    f"size {width}x{height}: this model paints {found[1]}x{found[0]} at that aspect; give that"
+                )
+        return self._mmdit_request(None, prompt, 1, found, settings)
+
+    def _mmdit_request(
+        self, picture: images.Picture | None, prompt: str, rounds: int, size: Size, settings: Mapping[str, Any]
+    ) -> _Request:
         model = self.model
         given = {name: value for name, value in settings.items() if value is not None}
         if unknown := sorted(set(given) - {"steps", "text_cfg", "seed", "noise"}):
             raise RefineError(f"{unknown[0]}: this model, an MMDiT, has no such setting; leave it out")
-        rounds = _whole("rounds", rounds, 0, 100)
-        picture = images.read_picture(image)
-        size = model.vae_size(picture.size[0] / picture.size[1])
         ratio = size[1] / size[0]
         scale = given.get("text_cfg", model.true_cfg_scale)
         if not isinstance(scale, numbers.Real) or not 0 <= scale <= 1e3:
@@ -515,7 +529,12 @@ class MMDiTRegenerator(Regenerator):
         if noise is not None and tuple(noise.shape) != shape:
             raise RefineError(f"noise of shape {tuple(noise.shape)}: the latents are {shape} (h, w, C)")
         encode = lambda text: prompts.encode_prompt(
-            self.tokenizer, model.prompt, text, [model.vl_grid(ratio)], model.vl.vision.spatial_merge_size
+            self.tokenizer,
+            model.prompt,
+            text,
+            [model.vl_grid(ratio)],
+            model.vl.vision.spatial_merge_size,
+            [picture is not None],
         )
         ids = [encode(_text(prompt))] + ([encode(model.negative_prompt)] if scale > 1 else [])
         steps = _whole("steps", given.get("steps", model.steps), 1, 1000)
@@ -523,9 +542,6 @@ class MMDiTRegenerator(Regenerator):
         seed = _whole("seed", given.get("seed", 0), -(2**63), 2**63 - 1)
         length = prompts.bucket_length(max(map(len, ids)), TEXT_BUCKETS)
         return _Request(picture, ids, rounds, float(scale), 1.0, seed, noise, spec, length)
-
-    def _read_generation(self, *_: Any, **__: Any) -> _Request:
-        raise RefineError("generate: this model, an MMDiT, reads a picture; use a BAGEL model to paint from text alone")
 
     def _run(self, spec: Any, rounds: int, length: int, members: list[_Request], progress: bool) -> list[np.ndarray]:
         spec, steps, texts = spec
@@ -540,7 +556,9 @@ class MMDiTRegenerator(Regenerator):
         }
         if texts > 1:
             inputs["negative"] = batch(1)
-        inputs["pictures"], inputs["box"] = _canvases([m.picture for m in padded])
+        blank = images.Picture(np.zeros((*spec.size, 3), np.uint8), None, "")
+        inputs["pictures"], inputs["box"] = _canvases([m.picture or blank for m in padded])
+        inputs["has_image"] = np.array([m.picture is not None for m in padded])
         with contextlib.ExitStack() as stack:
             if progress:
                 spec = dataclasses.replace(spec, report=self._progress.step)
@@ -585,6 +603,17 @@ def _canvases(pictures: Sequence[images.Picture]) -> tuple[np.ndarray, np.ndarra
     return np.stack([np.pad(p.rgb, spare(p)) for p in pictures]), np.array(
         [[0, 0, *p.size] for p in pictures], np.int32
     )
+
+
+def _sides(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """(width, height), checked."""
+    try:
+        width, height = (int(side) for side in size)
+    except (TypeError, ValueError):
+        raise RefineError(f"size {size!r}: give (width, height) in pixels") from None
+    if any(side < stride or side % stride for side in (width, height)):
+        raise RefineError(f"size {width}x{height}: give sides that are multiples of {stride}")
+    return width, height
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from refine_jax import bagel, checkpoint, flow, prompts, regenerate
+from refine_jax import bagel, checkpoint, flow, loading, prompts, regenerate
 from refine_jax.bagel import BagelModel, Guidance, LatentImage, Marks, Prompt
 from refine_jax.cli import main
 from refine_jax.convert import keys_flux_vae
@@ -303,10 +303,15 @@ def test_the_mmdit_behind_the_same_door(tmp_path):
     assert first.tobytes() != together[0].tobytes()
     with pytest.raises(RefineError, match="image_cfg: this model"):
         regenerator.regenerate(**requests[0], image_cfg=2.0)
-    with pytest.raises(RefineError, match="reads a picture"):
-        regenerator.generate("a cat")
+    made = regenerator.generate("a cat", seed=1)
+    assert made.size == (32, 32) and made.tobytes() == regenerator.generate("a cat", (32, 32), seed=1).tobytes()
+    assert made.tobytes() != regenerator.regenerate(photo("a", (40, 40)), "a cat", seed=1).tobytes()
+    with pytest.raises(RefineError, match="paints 32x32"):
+        regenerator.generate("a cat", (64, 64))
+    with pytest.raises(RefineError, match="multiples of"):
+        regenerator.generate("a cat", (33, 33))
     with pytest.raises(RefineError, match="regenerating: this model has conditioning 'refine'"):
-        Regenerator.load("tiny")
+        Regenerator.load(loading.resolve("tiny"))
 
 
 def test_a_model_that_is_shown_latents_too():

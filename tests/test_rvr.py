@@ -79,6 +79,7 @@ def inputs_of(model: ModelConfig, tokenizer, pictures: list[np.ndarray], rounds:
     return dict(
         pictures=canvas,
         box=np.array([(0, 0, p.shape[1], p.shape[0]) for p in pictures], np.int32),
+        has_image=np.ones(len(pictures), bool),
         prompt=batch(PROMPTS[: len(pictures)]),
         negative=batch([model.negative_prompt] * len(pictures)),
         sigmas=flow.schedule(model.scheduler, 3, 64),
@@ -185,6 +186,29 @@ def test_the_picture_is_known_by_its_tokens_alone(tokenizer, variables):
     shown = run("rvr_vae", variables, flat)
     assert (run("rvr_vae", variables, checks) != shown).any()
     assert (run("rvr_vae", broken, flat) != shown).mean() > 0.5
+
+
+def test_without_a_picture_none_is_seen(tokenizer, variables):
+    """Text to image: what stands in the canvas does not matter, neither to the encoder nor as latents; only the row
+    without a picture is painted from text alone."""
+    model = short("rvr_vae")
+    merge, grid = model.vl.vision.spatial_merge_size, model.vl_grid(1.0)
+    inputs = inputs_of(model, tokenizer, pictures(), 1)
+    alone = prompts.encode_prompt(tokenizer, model.prompt, PROMPTS[0], [grid], merge, [False])
+    assert len(alone) < inputs["prompt"]["mask"][0].sum() and (alone.image_index < 0).all()
+    run = lambda changes: np.asarray(
+        quick(variables, {}, {**inputs, **changes}, model=model, spec=spec_of(model)).pictures, int
+    )
+    one = vars(prompts.pad_prompts([alone], LENGTH))
+    prompt = {name: np.concatenate([one[name], value[1:]]) for name, value in inputs["prompt"].items()}
+    negative = {name: np.concatenate([one[name], value[1:]]) for name, value in inputs["negative"].items()}
+    first = dict(prompt=prompt, negative=negative, has_image=np.array([False, True]))
+    found = run(first)
+    other = inputs["pictures"].copy()
+    other[0] = 255 - other[0]
+    np.testing.assert_array_equal(run({**first, "pictures": other}), found)
+    shown = run({})
+    assert np.abs(found[1] - shown[1]).max() <= 1 < np.abs(found[0] - shown[0]).max()
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
@@ -321,12 +345,27 @@ def test_the_loss_sees_tokens_alone(base):
     assert model.conditioning == "rvr" and objective.refiner is None
     batch = next(batches)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
-    assert shapes == objective.batch_shapes()[0] and set(batch) == {"image", "target", "prompt"}
+    assert shapes == objective.batch_shapes()[0] and set(batch) == {"image", "target", "prompt", "has_image"}
+    assert batch["has_image"].all()
+    mixed = configuration(base)
+    mixed.data.text_to_image = 0.5
+    pairs = objectives.make(mixed).batches()
+    shown = []
+    for _ in range(8):
+        row = next(pairs)
+        read = (row["prompt"]["image_index"] >= 0).any(axis=1)
+        np.testing.assert_array_equal(read, row["has_image"])
+        shown += read.tolist()
+    pairs.close()
+    assert 2 < sum(shown) < 14
+    mixed.data.text_to_image = 1.5
+    with pytest.raises(RefineError, match="data.text_to_image 1.5"):
+        objectives.make(mixed).batches()
     texts = objective.batches()
     variables = toy.random_variables(model, 1)
     encode = jax.jit(lambda batch: objectives.encode(model, variables, batch, None))
     encoded = encode(batch)
-    assert set(encoded) == {"target", "text", "text_mask"}
+    assert set(encoded) == {"target", "text", "text_mask", "has_image"}
     other = encode({**batch, "image": 255 - batch["image"]})
     assert jnp.abs(other["text"] - encoded["text"]).max() > 1e-3
     np.testing.assert_array_equal(other["target"], encoded["target"])

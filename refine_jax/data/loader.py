@@ -189,14 +189,19 @@ class _World:
     batch_size: int
     order: tuple[Size, ...]
     split: str
+    editing: bool
 
     def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
         side = self.order[step % len(self.order)][0]
-        pair = world.sample(self.seed, step * self.batch_size + row, self.split, side)
+        keep = 1.0 if self.editing else 0.5
+        pair = world.sample(self.seed, step * self.batch_size + row, self.split, side, keep)
+        text = pair["prompt"]
+        if self.editing:
+            text = world.edit_instruction(text, pair["language"], pair["wrong"])
         return {
             "image": pair["misaligned_image"],
             "target": pair["image"],
-            "instruction": encode_instruction(pair["prompt"], _WORLD_BYTES),
+            "instruction": encode_instruction(text, _WORLD_BYTES),
         }
 
 
@@ -207,6 +212,7 @@ def world_batches(
     split: str = "train",
     *,
     weights: Sequence[float] | None = None,
+    editing: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
@@ -215,13 +221,15 @@ def world_batches(
     """Endless batches of the small world's pairs, each of a single square bucket, as `refine_batches` gives its own.
 
     Yields {image (misaligned), target (aligned with the prompt): [b, h, h, 3] uint8, instruction: [b, 256] uint8, the
-    prompt}. Buckets alternate by `weights` (default: equal ones). Raises RefineError for a bucket that is not square.
+    prompt}. Buckets alternate by `weights` (default: equal ones). editing: the ablation of RvR's paper, every
+    misaligned picture is the aligned one with faults, and the instruction names them (`world.edit_instruction`). Raises
+    RefineError for a bucket that is not square.
     """
     buckets = [tuple(bucket) for bucket in buckets]
     for bucket in buckets:
         if len(bucket) != 2 or bucket[0] != bucket[1]:
             raise RefineError(f"data.buckets: the world's pictures are square, got {bucket}; give (side, side)")
-    make = _World(seed, batch_size, schedule(buckets, weights or [1.0] * len(buckets)), split)
+    make = _World(seed, batch_size, schedule(buckets, weights or [1.0] * len(buckets)), split, editing)
     return Batches(
         make, batch_size, start=start, process_index=process_index, process_count=process_count, workers=workers
     )

@@ -39,15 +39,18 @@ from refine_jax.data.world_spec import (
     other,
     pick,
 )
-from refine_jax.data.world_words import LANGUAGES, prompt
+from refine_jax.data.world_words import LANGUAGES, edit_instruction, prompt
 from refine_jax.errors import RefineError
 
 __all__ = [
     "COLOURS", "DIMENSIONS", "LANGUAGES", "LETTERS", "PLACES", "RELATIONS", "SHAPES", "SIZES", "SPLITS",
     "Group", "Item", "Observation", "Part", "Report", "Scene", "Seen", "Spec",
-    "check", "compose", "judge", "misalign", "observe", "prompt", "read", "render", "sample", "scores", "table",
+    "check", "compose", "edit_instruction", "judge", "misalign", "observe", "prompt", "read", "render", "sample",
+    "scores", "table", "wordings",
 ]  # fmt: skip
 
+# No prompt is longer, in UTF-8.
+PROMPT_BYTES = 128
 # How clearly a position holds or fails in every scene made here, in fractions of the side.
 _CLEAR = 0.025
 
@@ -201,6 +204,19 @@ def sample(seed: int, index: int, split: str = "train", size: int = 64, keep_sha
         "image": render(scene, size),
         "misaligned_image": render(misaligned, size),
     }
+
+
+def wordings(count: int, seed: int = 0, split: str = "train") -> list[str]:
+    """`count` prompts, English and Chinese by turns; letters that are to be drawn are left out, as no two are alike."""
+    found = []
+    while len(found) < count:
+        rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, len(found), SPLITS.index(split), 8))))
+        spec = draw_spec(rng)
+        while spec.split != split:
+            spec = draw_spec(rng)
+        text = prompt(spec, LANGUAGES[len(found) % 2], rng)
+        found.append(text.replace(spec.text, "") if spec.text else text)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- scores

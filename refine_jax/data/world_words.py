@@ -1,5 +1,7 @@
 """The small world's prompts: a statement in English or Chinese, worded in many ways, none of which adds a statement."""
 
+from collections.abc import Sequence
+
 from refine_jax.data.world_spec import DIMENSIONS, Group, Rng, Spec, pick
 from refine_jax.errors import RefineError
 
@@ -232,3 +234,24 @@ def _chinese(spec: Spec, rng: Rng) -> str:
     if spec.text:
         sentence += "，" + _zh_lettering(spec, rng, alone=False)
     return sentence + end
+
+
+# ---------------------------------------------------------------------------------------------- editing
+
+_NAMED = {
+    "count": ("number", "数量"),
+    "colour": ("colour", "颜色"),
+    "shape": ("shape", "形状"),
+    "size": ("size", "大小"),
+    "position": ("position", "位置"),
+    "text": ("text", "文字"),
+}
+
+
+def edit_instruction(prompt: str, language: str, wrong: Sequence[str]) -> str:
+    """What is to be corrected in a picture of `prompt`, in the words of an editor who knows which dimensions fail."""
+    if not wrong:
+        return prompt
+    if language == "zh":
+        return f"修改{'和'.join(_NAMED[name][1] for name in wrong)}：{prompt}"
+    return f"Correct the {' and '.join(_NAMED[name][0] for name in wrong)}: {prompt}"
