@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from refine_jax.errors import RefineError
 
@@ -207,6 +207,19 @@ def read_picture(source: ImageLike, name: str = "image") -> Picture:
         return Picture(np.asarray(_srgb(picture, profile).convert("RGB")), alpha, name, grey)
 
     return _decoded(convert, name)
+
+
+def picture_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(width, height) of a picture file, upright, from its header alone. Raises `RefineError` as `read_picture`."""
+    name = f"image {os.fspath(path)!r}"
+
+    def read() -> tuple[int, int]:
+        with Image.open(path) as image:
+            _check_size(image, name)
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size[::-1] if turned else image.size
+
+    return _decoded(read, name)
 
 
 def read_mask(source: ImageLike, size: tuple[int, int], name: str = "mask") -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What can be trained: the VAE, and the flow that refines or regenerates, whole or as a LoRA.
+"""What can be trained: the VAE, the flow that refines or regenerates, and BAGEL (`bagel_objective`), whole or as LoRA.
 
 An objective is a value that the trainer (`refine_jax.train`) drives; `make` builds the one that a configuration names.
 """
@@ -6,7 +6,7 @@ An objective is a value that the trainer (`refine_jax.train`) drives; `make` bui
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +16,38 @@ import ml_collections
 import numpy as np
 
 from refine_jax import checkpoint, conditioning, flow, loading, losses, parallel, prompts
+from refine_jax.bagel import BagelModel
+from refine_jax.bagel_objective import bagel_objective
 from refine_jax.convert import lora as lora_files
-from refine_jax.data import cache, loader, synth
+from refine_jax.data import cache, loader, synth, world
 from refine_jax.data.records import Dataset, open_picture
 from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig, encode_images, encode_prompts, velocity
-from refine_jax.models.layers import init_lora, rotary_frequencies
+from refine_jax.models.layers import init_lora, rotary_frequencies, scale_lora
 from refine_jax.models.mmdit import MMDiTConfig, stack_blocks
 from refine_jax.models.qwen_vae import QwenVAE, VAEConfig
+from refine_jax.objective import LORA_FILE, Objective
 from refine_jax.refine import Refiner
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 # Of what has no mask.
 _NO_BOUNDARY = ml_collections.FrozenConfigDict(dict(r_out=0, r_in=0, alpha=0.0))
 # Seed of the pictures that a run shows; the held-out list has others.
 _SAMPLES = 20_000
+# Prompts of the small world that a tokenizer made for it has read.
+_WORDINGS = 4000
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is trained.
-
-    init(key) -> trained variables in their logical boxes, at random; initial(shardings) -> the values that they start
-    from instead, where they are read from a model. frozen: what the loss only reads, an abstract tree in logical boxes;
-    load(shardings) -> its arrays. loss(params, frozen, batch, key) -> (scalar float32, dict of scalars float32).
-    batches() -> an iterator, with get_state, set_state and close, of dicts of numpy arrays whose leading axis is this
-    host's part of the batch. batch_shapes() -> the global batch as `jax.ShapeDtypeStruct`s, one tree a bucket.
-    export(params, frozen, folder) writes the result. refiner(params, frozen, mesh, rules) -> a sampler of the present
-    weights, where there is one; samples(count) -> requests for it, each with its target under "target".
-    """
-
-    init: Callable[[jax.Array], Any]
-    loss: Callable[[Any, Any, dict, jax.Array], tuple[jax.Array, dict]]
-    batches: Callable[[], Iterator]
-    export: Callable[[Any, Any, Path], None]
-    frozen: Any = dataclasses.field(default_factory=dict)
-    load: Callable[[Any], Any] = lambda shardings: {}
-    initial: Callable[[Any], Any] | None = None
-    batch_shapes: Callable[[], list[dict[str, Any]]] | None = None
-    refiner: Callable[..., Refiner] | None = None
-    samples: Callable[[int], list[dict[str, Any]]] | None = None
-    model: ModelConfig | None = None
-
-
-def make(config: ml_collections.ConfigDict, model: ModelConfig | None = None) -> Objective:
+def make(config: ml_collections.ConfigDict, model: ModelConfig | BagelModel | None = None) -> Objective:
     """The objective that `config.objective` names. Raises `RefineError` for an unknown one.
 
     model: the architecture, in place of the one that the model to start from has: then no file of weights is opened,
     and the objective serves to trace and to compile, not to run.
     """
-    known = {"vae": vae_objective, "refine": functools.partial(refine_objective, model=model)}
+    known = {
+        "vae": vae_objective,
+        "refine": functools.partial(refine_objective, model=model),
+        "bagel": functools.partial(bagel_objective, model=model),
+    }
     if config.objective not in known:
         raise RefineError(f"objective {config.objective!r}: choose one of {', '.join(known)}")
     try:
@@ -144,10 +126,11 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
 
     What the backbone is shown is `config.conditioning`, with `config.prompt`, a name of `prompts.TEMPLATES` (default:
     both the model's own): "refine", or "rvr", where pairs are (misaligned picture, aligned picture, prompt), whole, and
-    a mask and `config.boundary` have no part.
+    a mask and `config.boundary` have no part. A share `config.data.text_to_image` of such pairs loses its misaligned
+    picture: what remains is text to image.
 
     Starts from a model (`config.init_from`, whatever `Refiner.load` takes), or from scratch: then `config.model` is the
-    architecture, and what is frozen comes from the model folder `config.vae_from`. Trained are a LoRA of the MMDiT
+    architecture, and what is frozen comes from the model `config.vae_from`. Trained are a LoRA of the MMDiT
     where `config.lora` gives rank, alpha, targets (an expression for the paths of its dense layers); otherwise the
     MMDiT, and the vision-language encoder too where `config.train_encoder` is set. Frozen weights and computation are
     `config.dtype`, trained ones float32.
@@ -185,10 +168,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         return params
 
     def adapters(params: Any) -> Any:
-        """The LoRA collection as `layers.Dense` reads it: the scale alpha / rank folded into b."""
-        scale = adapter.alpha / adapter.rank if adapter else 1.0
-        fold = lambda path, leaf: leaf * scale if path[-1].key == "b" and scale != 1.0 else leaf
-        return jax.tree_util.tree_map_with_path(fold, params.get("lora", {}))
+        return scale_lora(params["lora"], adapter.alpha / adapter.rank) if adapter else {}
 
     buckets = [tuple(bucket) for bucket in data.buckets]
 
@@ -203,7 +183,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         if data.source == "synth":
             pairs = loader.refine_batches(split="train", weights=tuple(data.weights), **common)
         elif data.source == "world":
-            pairs = loader.world_batches(split="train", weights=tuple(data.weights), **common)
+            weights, editing = tuple(data.weights), data.get("editing", False)
+            pairs = loader.world_batches(split="train", weights=weights, editing=editing, **common)
         elif not masked:
             pairs = loader.whole_batches(Dataset(data.path), max_corrupt=data.get("max_corrupt", 0.01), **common)
         else:
@@ -215,8 +196,10 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
                 max_corrupt=data.get("max_corrupt", 0.01),
                 **common,
             )
-        tokenizer = source.tokenizer()
-        return _Prompted(pairs, model, tokenizer, data.text_length, config.instruction_dropout, config.seed)
+        alone = data.get("text_to_image", 0.0)
+        return _Prompted(
+            pairs, model, source.tokenizer(), data.text_length, config.instruction_dropout, alone, config.seed
+        )
 
     def batch_shapes() -> list[dict[str, Any]]:
         rows, length, dtype = config.batch_size, data.text_length, jnp.dtype(config.dtype)
@@ -245,7 +228,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         around = lambda bucket: dict(
             reference=shape(jnp.uint8, *bucket, 3), mask=shape(jnp.uint8, *bucket), has_reference=shape(jnp.bool_)
         )
-        return [pictures(bucket) | (around(bucket) if masked else {}) | dict(prompt=prompt) for bucket in buckets]
+        there = dict(has_image=shape(jnp.bool_))
+        return [pictures(bucket) | (around(bucket) if masked else there) | dict(prompt=prompt) for bucket in buckets]
 
     def loss(params: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
         variables = {**frozen, **params}
@@ -337,13 +321,17 @@ def _start(
             raise RefineError("init_from and model are both set; leave one empty")
         source = None if model else loading.open_model(config.init_from)
         found = model or source.config
+        if not isinstance(found, ModelConfig):
+            raise RefineError(
+                f"init_from {config.init_from!r}: is a BAGEL or RvR model; train it with objective 'bagel'"
+            )
         expected = config.get("variant")
         if expected and found.mmdit != PUBLISHED[expected].mmdit:
             raise RefineError(f"init_from {config.init_from!r}: its transformer is not that of {expected} (variant)")
     else:
         if config.get("lora"):
             raise RefineError("lora: nothing to adapt; set init_from")
-        source = _Scratch(config.vae_from)
+        source = _Scratch(config.vae_from, **config.get("tokenizer", {}))
         found = model or source.architecture(config.model.to_dict())
     parts = {}
     for name in ("mmdit", "vae", "vl"):
@@ -358,7 +346,7 @@ def _start(
         template = prompts.TEMPLATES[config.prompt]
         # Without a source nothing is tokenised, and a published model's tokenizer is the one counted with.
         settings["prompt"] = prompts.for_tokenizer(template, source.tokenizer()) if source else template
-    elif settings.get("conditioning", found.conditioning) != found.conditioning:
+    elif (settings.get("conditioning", found.conditioning) == "refine") != (found.conditioning == "refine"):
         raise RefineError(
             f"conditioning {config.conditioning!r}: the prompt of {config.init_from!r} is that of "
             f"{found.conditioning!r}; set prompt, one of {', '.join(prompts.TEMPLATES)}"
@@ -371,21 +359,25 @@ class _Scratch:
     """As `loading.Source`: what is frozen while the rest starts at random."""
 
     folder: str
+    merges: int = 0
 
     def architecture(self, wanted: Mapping[str, Any]) -> ModelConfig:
-        manifest = checkpoint.read_manifest(self.folder)
+        manifest = checkpoint.read_manifest(loading.resolve(self.folder))
         if "vae" not in manifest:
             raise RefineError(f"vae_from {self.folder!r}: holds no VAE; train one with configs/tiny_vae.py")
         return ModelConfig.from_manifest({**wanted, "vae": manifest["vae"]})
 
     def parameters(self, abstract: Any, shardings: Any, dtype: str, progress: bool = False) -> Any:
-        return checkpoint.load_weights(self.folder, abstract, dtype, shardings, progress)
+        return checkpoint.load_weights(loading.resolve(self.folder), abstract, dtype, shardings, progress)
 
     def tokenizer(self) -> Any:
-        return ModelConfig.byte_tokenizer()
+        return ModelConfig.byte_tokenizer(None, *self._learned())
 
     def write_tokenizer(self, folder: Path) -> None:
-        ModelConfig.byte_tokenizer(folder)
+        ModelConfig.byte_tokenizer(folder, *self._learned())
+
+    def _learned(self) -> tuple[list[str], int]:
+        return (world.wordings(_WORDINGS), self.merges) if self.merges else ([], 0)
 
 
 def encode(
@@ -395,7 +387,7 @@ def encode(
 
     Normalised latents `[B, h, w, C]` of `target` and of the condition images (`ModelConfig.pictures.seen`);
     conditioning tokens `text [B, T, D]`, `text_mask [B, T]`. Where there is a mask, `band`, `region [B, h, w]` in 0…1
-    (`losses.to_latent_grid`); where there is a reference, `has_reference [B]`.
+    (`losses.to_latent_grid`); `has_reference`, `has_image [B]` as the batch has them.
     """
     pictures = dict(batch)
     if "mask" in batch:
@@ -410,9 +402,7 @@ def encode(
         band = losses.boundary_band(batch["mask"], boundary.r_out, boundary.r_in)
         encoded["band"] = losses.to_latent_grid(band, grid)
         encoded["region"] = losses.to_latent_grid(batch["mask"] > 0, grid)
-    if "has_reference" in batch:
-        encoded["has_reference"] = batch["has_reference"]
-    return encoded
+    return encoded | {name: batch[name] for name in ("has_reference", "has_image") if name in batch}
 
 
 def flow_loss(
@@ -431,7 +421,7 @@ def flow_loss(
     z0 = encoded["target"].astype(jnp.float32)
     k_sigma, k_noise = jax.random.split(key)
     seen = model.pictures.seen
-    present = [encoded["has_reference"] if name == "reference" else None for name in seen]
+    present = [encoded.get(f"has_{name}") for name in seen]
     context = conditioning.image_tokens(z0.shape, [encoded[name].astype(jnp.float32) for name in seen], present)
     levels = flow.sample_sigma(k_sigma, (z0.shape[0],), **sigma)
     noise = jax.random.normal(k_noise, z0.shape, jnp.float32)
@@ -485,13 +475,18 @@ def aligned_heads(params: Any, config: MMDiTConfig, frames: Sequence[int]) -> An
 class _Prompted:
     """The pairs of a loader with tokenised instructions under "prompt" in place of their bytes.
 
-    An instruction is replaced by the model's negative prompt with probability `dropout`, by a draw that depends on the
-    seed, the position and the row in the global batch alone.
+    An instruction is replaced by the model's negative prompt with probability `dropout`, and the picture of a pair
+    without a mask is left out with probability `alone` (then has_image is False), by draws that depend on the seed, the
+    position and the row in the global batch alone.
     """
 
-    def __init__(self, pairs: Any, model: ModelConfig, tokenizer: Any, length: int, dropout: float, seed: int):
+    def __init__(
+        self, pairs: Any, model: ModelConfig, tokenizer: Any, length: int, dropout: float, alone: float, seed: int
+    ):
+        if not 0 <= alone <= 1:
+            raise RefineError(f"data.text_to_image {alone}: give a share from 0 to 1")
         self._pairs, self._model, self._length, self._dropout, self._seed = pairs, model, length, dropout, seed
-        self._tokenizer = tokenizer
+        self._tokenizer, self._alone = tokenizer, alone
 
     def __iter__(self) -> Iterator:
         return self
@@ -503,14 +498,17 @@ class _Prompted:
         shapes = [batch[name].shape for name in names]
         grids = [self._model.vl_grid(shape[2] / shape[1]) for shape in shapes]
         rows, host = len(batch["instruction"]), jax.process_index()
-        draws = np.random.default_rng([self._seed, step, 0]).random(rows * jax.process_count())[host * rows :][:rows]
+        draw = lambda kind: np.random.default_rng([self._seed, step, kind]).random(rows * jax.process_count())[
+            host * rows :
+        ][:rows]
+        draws = draw(0)
+        if "mask" not in names:
+            batch["has_image"] = draw(1) >= self._alone
         texts = [loader.decode_instruction(row) for row in batch.pop("instruction")]
-        texts = [self._model.negative_prompt if draw < self._dropout else text for draw, text in zip(draws, texts)]
+        texts = [self._model.negative_prompt if drawn < self._dropout else text for drawn, text in zip(draws, texts)]
         fit = functools.partial(self._model.fit_prompt, self._tokenizer, grids=grids, length=self._length)
-        there = batch["has_reference"].tolist() if "reference" in names else [True] * rows
-        encoded = [
-            fit(text, present=[here or name != "reference" for name in names]) for text, here in zip(texts, there)
-        ]
+        there = np.stack([batch.get(f"has_{name}", np.ones(rows, bool)) for name in names], axis=1).tolist()
+        encoded = [fit(text, present=present) for text, present in zip(texts, there)]
         batch["prompt"] = vars(prompts.pad_prompts(encoded, self._length))
         for name in ("is_logo", "skipped"):
             batch.pop(name, None)

@@ -1,4 +1,5 @@
-"""The shipped configurations' shared pieces: RefineAnything's training recipe (arXiv 2604.06870) on Qwen-Image-Edit.
+"""The shipped configurations' shared pieces: the training recipes of RefineAnything (arXiv 2604.06870) on
+Qwen-Image-Edit, and of RvR (arXiv 2604.25636) on BAGEL.
 
 A file of configs/ is one call, with what differs and a docstring that is the experiment's record.
 """
@@ -59,6 +60,10 @@ def edit_lora(variant: str, topology: str, mesh: dict[str, int], **changes: obje
     )
     config.mesh = mesh
     config.rules = {}
+    return _changed(config, changes)
+
+
+def _changed(config: ml_collections.ConfigDict, changes: dict[str, object]) -> ml_collections.ConfigDict:
     for name, value in changes.items():
         if isinstance(value, dict) and name in config:
             config[name].update(value)
@@ -66,6 +71,188 @@ def edit_lora(variant: str, topology: str, mesh: dict[str, int], **changes: obje
             with config.ignore_type():
                 config[name] = value
     return config
+
+
+# How often a sample of a task is drawn in RvR's training, and (height, width) of what is painted there: sides from 512
+# to 1024.
+RVR_MIX = dict(rvr=2.0, understanding=1.0, text_to_image=1.0)
+RVR_BUCKETS = ((1024, 1024), (768, 1024), (1024, 768), (576, 1024), (1024, 576), (512, 1024), (1024, 512))
+
+
+def bagel_rvr(topology: str, mesh: dict[str, int], **changes: object) -> ml_collections.ConfigDict:
+    """RvR's released recipe on BAGEL-7B-MoT: all weights but the VAE's, rows of 40 000 tokens, MSE + 0.25 CE.
+
+    topology, mesh, changes: as for `edit_lora`. A row is a rank's packed sequence of the released script, and
+    `batch_size` their number. `config.lora` trains an adapter instead.
+    """
+    config = ml_collections.ConfigDict()
+    config.objective = "bagel"
+    config.variant = "bagel-7b-mot"
+    config.topology = topology
+    config.seed = 0
+    config.steps = 10_000
+    config.batch_size = 64
+    config.log_every = 10
+    config.save_every = 500
+    config.keep = 3
+    config.ema_decay = 0.9999
+    config.init_from = "ByteDance-Seed/BAGEL-7B-MoT"
+    config.weights = ""
+    config.conditioning = ""
+    config.vae_sides = (1024, 512)
+    config.vit_sides = (980, 378)
+    config.dtype = "bfloat16"
+    config.remat = "attention"
+    config.lora = None
+    config.mse_weight = 1.0
+    config.ce_weight = 0.25
+    config.sigma = dict(distribution="logit_normal", shift=4.0)
+    source = dict(root="", max_corrupt=0.01)
+    config.data = dict(
+        sources=dict(
+            rvr=dict(format="parquet", task="rvr", path="data/rvr/data", weight=RVR_MIX["rvr"], **source),
+            understanding=dict(
+                format="jsonl",
+                task="understanding",
+                path="data/vlm/llava_ov_si.jsonl",
+                weight=RVR_MIX["understanding"],
+                **source,
+            ),
+            text_to_image=dict(
+                format="parquet",
+                task="text_to_image",
+                path="data/blip3o60k/data",
+                weight=RVR_MIX["text_to_image"],
+                **source,
+            ),
+        ),
+        buckets=RVR_BUCKETS,
+        tokens=40_960,
+        text_length=4096,
+        text_dropout=0.1,
+        max_corrupt=0.01,
+        workers=8,
+    )
+    config.optimizer = dict(
+        name="adamw",
+        learning_rate=1e-4,
+        warmup=2500,
+        decay=0.0,
+        b1=0.9,
+        b2=0.95,
+        eps=1e-15,
+        weight_decay=0.0,
+        clip=1.0,
+        accumulate=1,
+    )
+    config.mesh = mesh
+    config.rules = {}
+    return _changed(config, changes)
+
+
+def small_world(**changes: object) -> ml_collections.ConfigDict:
+    """RvR on a tiny MMDiT in the small world (`data.world`): text to image, from scratch but for the bundled VAE.
+
+    The architecture of configs/tiny.py, with an encoder that looks at 100 patches of a picture, and a tokenizer that
+    knows the world's words. changes: as for `edit_lora`.
+    """
+    config = ml_collections.ConfigDict()
+    config.objective = "refine"
+    config.seed = 0
+    config.steps = 2400
+    config.batch_size = 32
+    config.log_every = 20
+    config.save_every = 100
+    config.keep = 2
+    config.ema_decay = 0.999
+    config.init_from = ""
+    config.vae_from = "tiny"
+    config.tokenizer = dict(merges=384)
+    config.lora = None
+    config.train_encoder = True
+    config.dtype = "float32"
+    config.instruction_dropout = 0.1
+
+    config.model = dict(
+        mmdit=dict(
+            patch_size=2,
+            in_channels=64,
+            out_channels=16,
+            num_layers=6,
+            attention_head_dim=64,
+            num_attention_heads=3,
+            joint_attention_dim=128,
+            axes_dims_rope=(8, 28, 28),
+            zero_cond_t=False,
+            scan=False,  # a fifth faster on a CPU; the exported model is scanned
+        ),
+        vl=dict(
+            vision=dict(
+                depth=3,
+                hidden_size=96,
+                intermediate_size=192,
+                num_heads=3,
+                out_hidden_size=128,
+                window_size=112,
+                fullatt_block_indexes=(0, 1, 2),
+            ),
+            text=dict(
+                vocab_size=648,
+                hidden_size=128,
+                intermediate_size=384,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                rope_theta=10000.0,
+                mrope_section=(4, 6, 6),
+            ),
+            image_token_id=646,
+        ),
+        scheduler=dict(
+            use_dynamic_shifting=True,
+            base_shift=0.6931471805599453,  # σ shifted by 2
+            max_shift=0.6931471805599453,
+            max_image_seq_len=8192,
+        ),
+        prompt=dict(
+            template="<|im_start|>{}<|im_end|>",
+            picture="<|vision_start|><|image_pad|><|vision_end|>",
+            drop_tokens=1,
+            max_tokens=1024,
+        ),
+        conditioning="rvr",
+        vae_area=64 * 64,
+        condition_area=112 * 112,
+        steps=20,
+        true_cfg_scale=3.0,
+        negative_prompt=" ",
+    )
+    config.sigma = dict(distribution="uniform", shift=2.0)
+    config.data = dict(
+        source="world",
+        buckets=((64, 64),),
+        weights=(1.0,),
+        text_to_image=1.0,
+        text_length=32,
+        workers=1,
+    )
+    config.optimizer = dict(
+        name="muon",
+        learning_rate=4e-3,
+        adam_scale=0.4,
+        warmup=100,
+        decay=0.35,
+        b1=0.9,
+        b2=0.99,
+        eps=1e-8,
+        weight_decay=0.01,
+        clip=1.0,
+        muon_steps=4,
+        muon_exclude="mod|norm_out|time|embed",
+    )
+    config.mesh = dict(data=-1)
+    config.rules = {}
+    return _changed(config, changes)
 
 
 # Weights lie on all chips of a slice, also on those that share a sample: no chip keeps what another has.

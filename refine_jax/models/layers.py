@@ -171,6 +171,12 @@ def init_lora(
     return traverse_util.unflatten_dict(lora)
 
 
+def scale_lora(lora: Mapping[str, Any], scale: float) -> Any:
+    """A ``lora`` collection as `Dense` reads it: the scale alpha / rank folded into b."""
+    fold = lambda path, leaf: leaf * scale if path[-1].key == "b" and scale != 1.0 else leaf
+    return jax.tree_util.tree_map_with_path(fold, lora)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, float32 inside. Parameter: ``scale [features]``."""
 

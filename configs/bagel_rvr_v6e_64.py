@@ -1,0 +1,15 @@
+"""RvR's released recipe on BAGEL-7B-MoT, all weights, on a v6e-64 slice (8 x 8 chips).
+
+    refine-jax train --config configs/bagel_rvr_v6e_64.py --workdir runs/rvr --config.init_from=BAGEL-7B-MoT
+
+A row of 40 000 tokens a chip, 2.6 M tokens a step; the data lie under data/ as released (docs/regenerate.md).
+"""
+
+import ml_collections
+
+from refine_jax import recipes
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The resolved configuration."""
+    return recipes.bagel_rvr("v6e:8x8", dict(fsdp=64), batch_size=64)

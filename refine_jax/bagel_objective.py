@@ -1,0 +1,311 @@
+"""Training BAGEL: packed sequences, the velocity of what is painted and the words of what is said.
+
+The released recipe of RvR (arXiv 2604.25636): rectified flow on the pictures to be painted and cross entropy on the
+answers of understanding data, in rows packed to a budget of tokens. The arithmetic of a row is that of
+`train/pretrain_unified_navit.py` and `Bagel.forward` in the authors' code.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax.linen import meta
+
+from refine_jax import bagel, checkpoint, flow, loading, parallel
+from refine_jax.bagel import BagelModel
+from refine_jax.convert import lora as lora_files
+from refine_jax.data import packing, sequences
+from refine_jax.errors import RefineError
+from refine_jax.model import ModelConfig
+from refine_jax.models import siglip
+from refine_jax.models.bagel import Bagel, Segments, latent_position_ids
+from refine_jax.models.layers import init_lora, scale_lora
+from refine_jax.objective import LORA_FILE, Objective
+
+# Tokens of text whose logits (152 064 a token, float32) are in memory at once.
+_LOGITS = 256
+
+
+def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None = None) -> Objective:
+    """L = mse_weight·MSE + ce_weight·CE on packed sequences (`data.packing`, `data.sequences`).
+
+    MSE: of the velocity, a mean over features and over the tokens of all pictures to be painted in the global batch;
+    t is drawn once a picture (`config.sigma`). CE: a mean over the tokens of all answers. The VAE is frozen; trained
+    are all weights of the decoder and the tower, or a LoRA where `config.lora` gives rank, alpha, targets (an
+    expression for the paths of dense layers). Trained weights are float32, the rest and the computation `config.dtype`.
+
+    Starts from a model folder or a BAGEL or RvR folder (`config.init_from`, `config.weights`), or at random with the
+    architecture `config.model`. `config.conditioning`, `vae_sides`, `vit_sides` replace the model's where they are set.
+    """
+    adapter, data = config.get("lora"), config.data
+    trained = () if adapter else ("bagel",)
+    frozen = tuple(name for name in bagel.NETWORKS if name not in trained)
+    source, model = _start(config, trained, model)
+    boxed = model.boxed(frozen)
+    buckets = [_bucket(model, tuple(size), data.tokens, data.text_length) for size in data.buckets]
+
+    def init(key: jax.Array) -> Any:
+        if adapter:
+            base = jax.eval_shape(lambda: model.init(key, ("bagel",)))["bagel"]
+            return {"lora": {"bagel": init_lora(key, base, adapter.targets, adapter.rank)}}
+        return model.init(key, trained)
+
+    def load(shardings: Any) -> Any:
+        return source.parameters(model.abstract(frozen), shardings, config.dtype, progress=bool(config.init_from))
+
+    def initial(shardings: Any) -> Any:
+        return source.parameters(model.abstract(trained), shardings, "float32", progress=True)
+
+    def adapters(params: Any) -> Any:
+        return scale_lora(params["lora"], adapter.alpha / adapter.rank) if adapter else {}
+
+    def batches() -> Iterator:
+        tokenizer = source.tokenizer()
+        return _batches(config, model, buckets, tokenizer)
+
+    def batch_shapes() -> list[dict[str, Any]]:
+        return [
+            {
+                name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
+                for name, (shape, dtype) in packing.shapes(bucket, data.text_length).items()
+            }
+            for bucket in buckets
+        ]
+
+    def loss(params: Any, fixed: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
+        parts = packed_losses(model, {**fixed, **params}, adapters(params), batch, key, config.sigma)
+        return config.mse_weight * parts["mse"] + config.ce_weight * parts["ce"], parts
+
+    def export(params: Any, fixed: Any, folder: Path) -> None:
+        if adapter:
+            trees = jax.tree.map(parallel.fetch, adapters(params))
+            if jax.process_index() == 0:
+                lora_files.write_adapter(folder / LORA_FILE, trees, metadata={"base_model": str(config.init_from)})
+            return
+        if jax.process_index() == 0:
+            source.write_tokenizer(folder / "tokenizer")
+        plain = dataclasses.replace(model.bagel, remat=None, vit=dataclasses.replace(model.bagel.vit, remat=None))
+        manifest = dataclasses.replace(model, bagel=plain).to_manifest()
+        checkpoint.save_model(folder, manifest, {**fixed, **params})
+
+    return Objective(
+        init=init,
+        loss=loss,
+        batches=batches,
+        export=export,
+        frozen=boxed,
+        load=load,
+        initial=initial if config.init_from and trained else None,
+        batch_shapes=batch_shapes,
+        model=model,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- the loss
+
+
+def packed_losses(
+    model: BagelModel,
+    variables: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    key: jax.Array,
+    sigma: Mapping[str, Any],
+) -> dict[str, jax.Array]:
+    """{"mse", "ce"} of a batch of packed rows (`packing.Rows`), scalars float32; 0 where nothing is scored.
+
+    sigma: the distribution of t, as `flow.sample_sigma` takes it.
+    """
+    k_vae, k_time, k_noise = jax.random.split(key, 3)
+    rows, pictures = batch["painted_pixels"].shape[:2]
+    # One picture of each row at a time: activations of the VAE's first layers are large.
+    encode = lambda part: bagel.encode_images(model, variables, part[0].astype(jnp.float32), part[1])
+    latents = jax.lax.map(encode, (batch["painted_pixels"].swapaxes(0, 1), jax.random.split(k_vae, pictures)))
+    clean = latents.swapaxes(0, 1).reshape(rows, -1, model.bagel.latent_dim)
+    t = flow.sample_sigma(k_time, (rows, pictures), **sigma)
+    return row_losses(model, variables, lora, batch, clean, jax.random.normal(k_noise, clean.shape, jnp.float32), t)
+
+
+def row_losses(
+    model: BagelModel,
+    variables: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    clean: jax.Array,
+    noise: jax.Array,
+    t: jax.Array,
+) -> dict[str, jax.Array]:
+    """`packed_losses` behind its draws: clean latent tokens of M pictures a row and their noise `[B, M·N, p·p·C]`, t
+    `[B, M]`, which counts for pictures that are to be painted."""
+    cfg = model.bagel
+    rows, pictures, height, width, _ = batch["painted_pixels"].shape
+    grid = model.grid((height, width))
+    tokens = grid[0] * grid[1]
+    noisy = batch["painted_noisy"] & (batch["painted_sample"] >= 0)
+    t = jnp.repeat(jnp.where(noisy, t, 0.0), tokens, axis=1)
+    scored = jnp.repeat(noisy, tokens, axis=1)
+
+    seen = batch["seen_pixels"]
+    patches = siglip.pixels_to_patches(seen.reshape(-1, *seen.shape[2:]), cfg.vit)
+    patches = patches.reshape(rows, seen.shape[1], *patches.shape[1:])
+    view = tuple(side // cfg.vit.patch_size for side in seen.shape[2:4])
+    cells = np.broadcast_to(siglip.position_ids(*view, cfg.vit), patches.shape[:3])
+    places = np.tile(latent_position_ids(grid, cfg), pictures)
+
+    network = Bagel(cfg)
+    weights = {"params": variables["bagel"], "lora": lora.get("bagel", {})}
+    hidden, velocity = network.apply(
+        weights,
+        batch["text_ids"],
+        Segments(**{name: batch[f"text_{name}"] for name in (*packing.PLACES, "causal", "noisy")}),
+        patches,
+        jnp.asarray(cells),
+        _of_pictures(batch, "seen", math.prod(view)),
+        (1 - t[..., None]) * clean + t[..., None] * noise,
+        t,
+        jnp.broadcast_to(places, t.shape),
+        _of_pictures(batch, "painted", tokens),
+    )
+    error = jnp.mean(jnp.square(velocity - (noise - clean)), axis=-1)
+    mse = jnp.sum(jnp.where(scored, error, 0.0)) / jnp.maximum(jnp.sum(scored), 1)
+    return {"mse": mse, "ce": _cross_entropy(network, weights, hidden, batch)}
+
+
+def _of_pictures(batch: Mapping[str, jax.Array], name: str, tokens: int) -> Segments:
+    """The segments of the tokens of a row's pictures, `tokens` each."""
+    spread = {key: jnp.repeat(batch[f"{name}_{key}"], tokens, axis=1) for key in packing.PLACES}
+    absent = jnp.zeros(spread["sample"].shape, bool)
+    noisy = jnp.repeat(batch[f"{name}_noisy"], tokens, axis=1) if name == "painted" else absent
+    return Segments(**spread, causal=absent, noisy=noisy)
+
+
+def _cross_entropy(
+    network: Bagel, weights: Mapping[str, Any], hidden: jax.Array, batch: Mapping[str, jax.Array]
+) -> jax.Array:
+    """Mean -log p of the token after each that is scored; logits are made for `_LOGITS` tokens of a row at a time."""
+    following = jnp.roll(batch["text_ids"], -1, axis=1)
+    scored = batch["text_scored"]
+    rows, length = scored.shape
+    part = math.gcd(length, _LOGITS)
+
+    @jax.checkpoint
+    def step(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        hidden, labels, scored = piece
+        logits = network.apply(weights, hidden, method=Bagel.logits)
+        chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+        lost = jax.nn.logsumexp(logits, axis=-1) - chosen
+        return total + jnp.sum(jnp.where(scored, lost, 0.0)), None
+
+    cut = lambda x: jnp.moveaxis(x.reshape(rows, length // part, part, *x.shape[2:]), 1, 0)
+    total, _ = jax.lax.scan(step, jnp.zeros(()), tuple(map(cut, (hidden, following, scored))))
+    return total / jnp.maximum(jnp.sum(scored), 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- the data
+
+
+def _bucket(model: BagelModel, size: tuple[int, int], tokens: int, text: int) -> packing.Bucket:
+    """As many pictures of both kinds as `tokens` hold beside `text` tokens of text."""
+    if any(side % model.stride or side < model.stride for side in size):
+        raise RefineError(f"data.buckets: {size}: give sides that are multiples of {model.stride}")
+    latent_position_ids(model.grid(size), model.bagel)  # refuses what is too large
+    seen = model.seen_size(size)
+    pair = math.prod(model.grid(size)) + math.prod(seen) // model.bagel.vit.patch_size**2
+    if tokens - text < pair:
+        raise RefineError(
+            f"data.tokens {tokens}: a pair of pictures of {size} takes {pair} tokens, and text {text} "
+            "(data.text_length); give more, or smaller buckets"
+        )
+    return packing.Bucket(size, seen, (tokens - text) // pair)
+
+
+def _batches(
+    config: ml_collections.ConfigDict, model: BagelModel, buckets: list[packing.Bucket], tokenizer: Any
+) -> Iterator:
+    data = config.data
+    wording = sequences.Wording(bagel.SYSTEM_TRAINING, model.prompt, model.conditioning == "rvr_vae")
+    encode = functools.partial(bagel.text_ids, tokenizer)
+    marks = bagel.Marks.of(tokenizer)
+    alone = jax.process_index() == 0
+    named = {name: settings.to_dict() for name, settings in data.sources.items() if settings.get("weight", 1.0)}
+    if not named:
+        raise RefineError("data.sources: none with a weight above 0; give one")
+    sources = tuple(sequences.open_source(name, settings, wording, alone) for name, settings in named.items())
+    plan = packing.Packing(
+        [source.index(lambda text: len(encode(text))) for source in sources],
+        [float(settings.get("weight", 1.0)) for settings in named.values()],
+        config.batch_size,
+        buckets,
+        data.text_length,
+        config.seed,
+    )
+    make = packing.Rows(
+        plan,
+        sources,
+        encode,
+        (marks.image_start, marks.image_end),
+        data.text_length,
+        data.get("text_dropout", 0.0),
+        config.seed,
+    )
+    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count(), workers=data.workers)
+    return packing.PackedBatches(make, config.batch_size, data.get("max_corrupt", 0.01), **hosts)
+
+
+# ------------------------------------------------------------------------------------------------------------ the start
+
+
+def _start(
+    config: ml_collections.ConfigDict, trained: tuple[str, ...], model: BagelModel | None
+) -> tuple[Any, BagelModel]:
+    """Where the weights come from, and the architecture as it is to be trained."""
+    if config.init_from:
+        if config.get("model"):
+            raise RefineError("init_from and model are both set; leave one empty")
+        source = None if model else loading.open_model(config.init_from, weights=config.get("weights") or None)
+        found = model or source.config
+        if not isinstance(found, BagelModel):
+            raise RefineError(
+                f"init_from {config.init_from!r}: is no BAGEL or RvR model; train it with objective 'refine'"
+            )
+    else:
+        if config.get("lora"):
+            raise RefineError("lora: nothing to adapt; set init_from")
+        source = None
+        found = model or BagelModel.from_manifest(config.model.to_dict())
+    kinds = dict(dtype=config.dtype, param_dtype="float32" if "bagel" in trained else config.dtype)
+    remat = dict(remat=config.remat) if config.get("remat") else {}
+    tower = dataclasses.replace(found.bagel.vit, **kinds, **remat)
+    settings = {name: config[name] for name in ("vae_sides", "vit_sides", "conditioning") if config.get(name)}
+    made = dataclasses.replace(
+        found,
+        bagel=dataclasses.replace(found.bagel, vit=tower, **kinds, **remat),
+        vae=dataclasses.replace(found.vae, dtype=config.dtype, param_dtype=config.dtype),
+        **settings,
+    )
+    return source if config.init_from else _Scratch(made, config.seed), made
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scratch:
+    """As `loading.Source`, where nothing is given: to try the machinery; a random VAE is of no use."""
+
+    model: BagelModel
+    seed: int
+
+    def parameters(self, abstract: Any, shardings: Any, dtype: str, progress: bool = False) -> Any:
+        make = lambda key: meta.unbox(self.model.init(key, tuple(abstract)))
+        return jax.jit(make, out_shardings={name: shardings[name] for name in abstract})(jax.random.key(self.seed))
+
+    def tokenizer(self) -> Any:
+        return ModelConfig.byte_tokenizer()
+
+    def write_tokenizer(self, folder: Path) -> None:
+        ModelConfig.byte_tokenizer(folder)

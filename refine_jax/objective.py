@@ -1,0 +1,37 @@
+"""What the trainer drives: an objective, as `refine_jax.objectives` makes them."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is trained.
+
+    init(key) -> trained variables in their logical boxes, at random; initial(shardings) -> the values that they start
+    from instead, where they are read from a model. frozen: what the loss only reads, an abstract tree in logical boxes;
+    load(shardings) -> its arrays. loss(params, frozen, batch, key) -> (scalar float32, dict of scalars float32).
+    batches() -> an iterator, with get_state, set_state and close, of dicts of numpy arrays whose leading axis is this
+    host's part of the batch. batch_shapes() -> the global batch as `jax.ShapeDtypeStruct`s, one tree a bucket.
+    export(params, frozen, folder) writes the result. refiner(params, frozen, mesh, rules) -> a sampler of the present
+    weights, where there is one; samples(count) -> requests for it, each with its target under "target". model: its
+    `ModelConfig` or `BagelModel`, None for a VAE alone.
+    """
+
+    init: Callable[[jax.Array], Any]
+    loss: Callable[[Any, Any, dict, jax.Array], tuple[jax.Array, dict]]
+    batches: Callable[[], Iterator]
+    export: Callable[[Any, Any, Path], None]
+    frozen: Any = dataclasses.field(default_factory=dict)
+    load: Callable[[Any], Any] = lambda shardings: {}
+    initial: Callable[[Any], Any] | None = None
+    batch_shapes: Callable[[], list[dict[str, Any]]] | None = None
+    refiner: Callable[..., Any] | None = None
+    samples: Callable[[int], list[dict[str, Any]]] | None = None
+    model: Any = None

@@ -1,0 +1,414 @@
+"""BAGEL's training: what is read, how it is packed, and that the loss of a packed row is the authors'."""
+
+import dataclasses
+import functools
+import json
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import records_toy
+import test_bagel as reference
+import toy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from refine_jax import bagel, bagel_objective, loading, objectives
+from refine_jax.bagel import BagelModel
+from refine_jax.data import packing, sequences, world
+from refine_jax.data.packing import Bucket, Packing
+from refine_jax.data.sequences import Painted, Seen, Text
+from refine_jax.errors import RefineError
+from refine_jax.models.flux_vae import FluxVAEConfig
+from refine_jax.regenerate import Regenerator
+from refine_jax.train import train
+
+WORDING = sequences.Wording("look, then paint anew", "two {} cups")
+VAE = FluxVAEConfig(ch=4, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4, num_groups=2)
+MODEL = BagelModel(bagel=reference.CONFIG, vae=VAE, vae_sides=(32, 16), vit_sides=(16, 4))
+SIZE, VIEW, GRID = (32, 32), (16, 16), (2, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+# Samples in the words of test_bagel's `batch_of`, whose layout and losses are proven against the authors' code, and
+# in ours: an RvR pair, one shown latents too, text to image, understanding. Pictures of one size each.
+THEIRS = [
+    [
+        ("text", "look, then paint anew", 0),
+        ("vit", ("bad", *VIEW)),
+        ("text", "two red cups", 0),
+        ("vae", ("good", *GRID), 1),
+    ],
+    [("vae", ("old", *GRID), 0), ("vit", ("old", *VIEW)), ("text", "bluer", 0), ("vae", ("new", *GRID), 1)],
+    [("text", "a cat", 0), ("vae", ("cat", *GRID), 1)],
+    [("vit", ("dog", *VIEW)), ("text", "what is it", 0), ("text", "a small dog", 1)],
+]
+OURS = [
+    (WORDING.rvr("red"), ("bad", "good")),
+    ((Painted(0, clean=True), Seen(0), Text("bluer"), Painted(1)), ("old", "new")),
+    (sequences.text_to_image("a cat"), ("cat",)),
+    (
+        sequences.conversation(
+            [{"from": "human", "value": "<image>\nwhat is it"}, {"from": "gpt", "value": "a small dog"}], 1
+        ),
+        ("dog",),
+    ),
+]
+
+
+def encode(text: str) -> np.ndarray:
+    return np.array([reference.BOS, *reference.encode(text), reference.EOS], np.int32)
+
+
+def packed_row(length: int = 96) -> dict[str, np.ndarray]:
+    row = packing._Row(length, Bucket(SIZE, VIEW, 4))
+    for number, (items, names) in enumerate(OURS):
+        pictures = [np.asarray(reference.picture(name, *VIEW)) for name in names]
+        row.add(number, items, pictures, encode, (reference.START, reference.END))
+    return row.arrays()
+
+
+def test_a_row_is_laid_out_as_the_authors_do():
+    """Token for token; padding is of no sample."""
+    theirs, ours = reference.batch_of([THEIRS]), packed_row()
+    count = theirs.ids.shape[1]
+    np.testing.assert_array_equal(ours["text_ids"][:count], theirs.ids[0])
+    np.testing.assert_array_equal(ours["text_scored"][:count], theirs.loss[0])
+    for field in dataclasses.fields(theirs.text):
+        np.testing.assert_array_equal(ours[f"text_{field.name}"][:count], getattr(theirs.text, field.name)[0])
+    assert (ours["text_sample"][count:] == -1).all() and not ours["text_scored"][count:].any()
+    batch = {name: jnp.asarray(value)[None] for name, value in ours.items()}
+    for name, tokens, segments in (("seen", 16, theirs.vit), ("painted", 4, theirs.gen)):
+        found = bagel_objective._of_pictures(batch, name, tokens)
+        count = segments.sample.shape[1]
+        for field in dataclasses.fields(segments):
+            np.testing.assert_array_equal(getattr(found, field.name)[:, :count], getattr(segments, field.name))
+        assert (found.sample[:, count:] == -1).all()
+
+
+def test_the_loss_of_a_row_is_the_authors():
+    """Value and gradient against `test_bagel.training_losses`; what stands in empty places does not matter."""
+    theirs = reference.batch_of([THEIRS])
+    params = reference.variables()["params"]
+    clean, eps = theirs.latents, reference.noise("epsilon", 16, 16)[None]
+    times = np.array([[0.3, 0.9, 0.6, 0.2]], np.float32)  # good, (old, which is clean), new, cat
+    spread = np.repeat(times, 4, axis=1)
+    spread[0, 4:8] = 0
+    inputs = (theirs, clean, eps, spread, theirs.gen.noisy[0])
+    (loss, (mse, ce)), gradient = jax.jit(
+        jax.value_and_grad(lambda p: reference.training_losses(p, inputs), has_aux=True)
+    )(params)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def ours(params, batch, clean, noise, t):
+        parts = bagel_objective.row_losses(MODEL, {"bagel": params}, {}, batch, clean, noise, t)
+        return parts["mse"] + 0.25 * parts["ce"], parts
+
+    row = packed_row()
+    names = [name for _, names in OURS for name in names]
+    for slot, name in enumerate(("bad", "old", "dog")):
+        row["seen_pixels"][slot] = reference.picture(name, *VIEW)
+    assert names.count("old") == 1
+    # A second row with nothing in it, and garbage where nothing is.
+    rng = np.random.default_rng(0)
+    empty = {name: np.zeros_like(value) for name, value in row.items()}
+    for name in ("text_sample", "seen_sample", "painted_sample"):
+        empty[name] -= 1
+    empty["seen_pixels"] += 77
+    batch = {name: np.stack([value, empty[name]]) for name, value in row.items()}
+    pad = lambda x: np.concatenate([x, rng.standard_normal(x.shape).astype(np.float32)])
+    (found, parts), slope = ours(params, batch, pad(clean), pad(eps), np.abs(pad(times)))
+    np.testing.assert_allclose(
+        [found, parts["mse"], parts["ce"]], [loss, np.mean(np.asarray(mse)), np.mean(np.asarray(ce))], rtol=1e-5
+    )
+    scale = float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))))
+    difference = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), gradient, slope)
+    assert float(jnp.sqrt(sum(jax.tree.leaves(difference)))) <= 1e-5 * scale
+
+
+# -------------------------------------------------------------------------------------------------------------- packing
+
+BUCKETS = [Bucket((64, 64), (56, 56), 3), Bucket((32, 64), (28, 56), 4)]
+
+
+@st.composite
+def indices(draw):
+    """Sources of pictures of any shape and texts up to more than a row holds."""
+    found = []
+    for _ in range(draw(st.integers(1, 3))):
+        rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+        count = draw(st.integers(60, 200))
+        seen, painted = rng.integers(0, 3, count), rng.integers(0, 3, count)
+        pictures = (seen + painted > 0)[:, None] * rng.integers(20, 200, (count, 2))
+        found.append(np.column_stack([seen, painted, rng.integers(1, 60, count), pictures]))
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(indices(), st.integers(0, 99), st.integers(1, 4))
+def test_rows_hold_what_fits_and_nothing_is_lost(found, seed, batch_size):
+    weights = [2.0, 1.0, 1.0][: len(found)]
+    make = lambda: Packing(found, weights, batch_size, BUCKETS, 50, seed)
+    plan, other = make(), pickle.loads(pickle.dumps(make()))
+    assert plan.left_out == sum(int((index[:, 2] > 50).sum()) for index in found)
+    drawn = [[] for _ in found]
+    steps = 40
+    # Positions are independent of what was asked before.
+    backwards = [other.rows(step) for step in reversed(range(steps))][::-1]
+    for step in range(steps):
+        bucket, rows = plan.rows(step)
+        assert (bucket, rows) == backwards[step] and len(rows) == batch_size
+        for row in rows:
+            need = sum((found[source][number][:3] for source, number in row), np.zeros(3))
+            assert (need <= [bucket.pictures, bucket.pictures, 50]).all()
+            for source, number in row:
+                drawn[source].append(number)
+                width, height = found[source][number][3:]
+                if width and bucket is not BUCKETS[0]:
+                    assert width / height > np.sqrt(2)
+    assert all((np.bincount(numbers).max() <= 1 + len(numbers)) for numbers in drawn if numbers)
+
+
+def test_the_mix_and_the_passes():
+    """Sources are drawn by weight; each is passed through once before it begins again; rows are well filled."""
+    rng = np.random.default_rng(0)
+    sizes = np.tile([64, 64], (300, 1))
+    pairs = np.column_stack([np.ones((300, 2), int), rng.integers(20, 60, 300), sizes])
+    alone = np.column_stack([np.zeros(80, int), np.ones(80, int), rng.integers(5, 20, 80), sizes[:80]])
+    plan = Packing([pairs, alone], [2.0, 1.0], 2, [Bucket((64, 64), (56, 56), 4)], 400, 1)
+    batches = plan.pack(0)
+    samples = [sample for _, rows in batches for row in rows for sample in row]
+    counts = np.bincount([source for source, _ in samples])
+    assert 1.8 < counts[0] / counts[1] < 2.2
+    first = [number for source, number in samples if source == 0]
+    assert sorted(first) == list(range(300))
+    filled = [len(row) for _, rows in batches for row in rows]
+    assert np.mean(filled[:-4]) >= 3.9
+    again = plan.pack(1)
+    assert again != batches and plan.rows(len(batches))[1] == again[0][1]
+    few = Packing([pairs[:5]], [1.0], 64, [Bucket((64, 64), (56, 56), 4)], 400, 1)
+    assert sorted(number for row in few.rows(7)[1] for _, number in row) == list(range(5))
+    with pytest.raises(RefineError, match="no sample of a source fits"):
+        Packing([pairs], [1.0], 1, [Bucket((64, 64), (56, 56), 4)], 10, 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- sources
+
+
+def picture_file(path, size, colour):
+    Image.new("RGB", size, colour).save(path)
+    return path.name
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A folder laid out as the released data."""
+    import pyarrow
+    import pyarrow.parquet
+
+    root = tmp_path_factory.mktemp("released")
+    names = [picture_file(root / f"{k}.png", (40 + k, 30), (k, 9, 200)) for k in range(8)]
+    write = lambda name, **columns: pyarrow.parquet.write_table(pyarrow.table(columns), root / name, row_group_size=2)
+    write(
+        "rvr.parquet",
+        image_list=[[names[k], names[k + 1]] for k in range(4)],
+        user_prompt=[[f"prompt {k}"] for k in range(4)],
+    )
+    write("as_text.parquet", image_list=[str(names[:2])], user_prompt=["一只猫"])
+    write("alone.parquet", cache_image=names[:3], user_prompt=["a", "b", "c"])
+    write("three.parquet", image_list=[names[:3]], user_prompt=["x"])
+    write("gone.parquet", image_list=[[names[0], "nowhere.png"]], user_prompt=["x"])
+    write("other.parquet", prompt=["x"])
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A picture."},
+        {"from": "human", "value": "Sure?"},
+        {"from": "gpt", "value": "Yes."},
+    ]
+    lines = [{"image": names[3], "conversations": turns}, {"conversations": turns[2:]}]
+    (root / "talk.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+def opened(folder, name, task, form="parquet", **more):
+    return sequences.open_source("it", dict(format=form, task=task, path=str(folder / name), **more), WORDING)
+
+
+def test_the_released_formats(released):
+    length = lambda text: len(text) + 2
+    source = opened(released, "rvr.parquet", "rvr")
+    items, pictures = source.sample(1)
+    assert (
+        items
+        == WORDING.rvr("prompt 1")
+        == (
+            Text("look, then paint anew"),
+            Seen(0),
+            Text("two prompt 1 cups"),
+            Painted(1),
+        )
+    )
+    assert [p.shape for p in pictures] == [(30, 41, 3), (30, 42, 3)] and pictures[0][0, 0].tolist() == [1, 9, 200]
+    assert source.index(length).tolist()[1] == [1, 1, 23 + 2 + 19 + 2, 42, 30]
+    assert len(opened(released, "as_text.parquet", "rvr")) == 1
+    source = opened(released, "alone.parquet", "text_to_image", root=str(released))
+    assert source.sample(2)[0] == (Text("c", optional=True), Painted(0)) and len(source) == 3
+    talk = opened(released, "talk.jsonl", "understanding", "jsonl")
+    assert talk.sample(0)[0] == (
+        Seen(0),
+        Text("What is it?"),
+        Text("A picture.", scored=True),
+        Text("Sure?"),
+        Text("Yes.", scored=True),
+    )
+    assert talk.index(length).tolist()[1] == [0, 0, 7 + 6, 0, 0] and talk.sample(1)[1] == []
+
+
+def test_what_cannot_be_used_is_named(released, tmp_path):
+    cases = [
+        (dict(name="three.parquet", task="rvr"), "row 0: 3 pictures"),
+        (dict(name="gone.parquet", task="rvr"), "gone.parquet row 0.*nowhere.png.*give the folder"),
+        (dict(name="other.parquet", task="rvr"), "has columns prompt"),
+        (dict(name="nothing", task="rvr"), "no .parquet file"),
+        (dict(name="rvr.parquet", task="understanding"), r"task 'understanding': of parquet choose"),
+        (dict(name="rvr.parquet", task="rvr", form="csv"), "format 'csv': choose one of"),
+        (dict(name="rvr.parquet", task="rvr", sidde=3), "sources.it.sidde"),
+        (dict(name="x.jsonl", task="understanding", form="jsonl"), "cannot be read"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(RefineError, match=message):
+            opened(released, **arguments)
+    lines = {
+        "{": "line 1",
+        '{"conversations": []}': "to learn from",
+        '{"video": "x", "conversations": []}': "a video",
+        '{"image": "0.png", "conversations": [{"from": "gpt", "value": "x"}]}': "0 times <image> for 1",
+        "[]": "line 1",
+    }
+    for line, message in lines.items():
+        (tmp_path / "bad.jsonl").write_text(line)
+        with pytest.raises(RefineError, match=message):
+            opened(tmp_path, "bad.jsonl", "understanding", "jsonl")
+
+
+def test_our_records_and_the_small_world(tmp_path):
+    records_toy.write(tmp_path / "data", 4, 1)
+    source = opened(tmp_path, "data", "rvr", "records")
+    (_, _, prompt, _), (image, target) = source.sample(2)
+    assert image.shape == target.shape and (image != target).any() and "two" in prompt.text
+    for number, row in enumerate(source.index(len)):
+        items, pictures = source.sample(number)
+        exact = sequences._counts(items, pictures[-1].shape[1::-1], len)
+        assert exact[:2] == tuple(row[:2]) and exact[2] <= row[2] and exact[3:] == tuple(row[3:])
+    for task in sequences.TASKS:
+        drawn = sequences.open_source("w", dict(format="world", task=task, count=9, seed=3), WORDING)
+        pair = world.sample(3, 5)
+        items, pictures = drawn.sample(5)
+        np.testing.assert_array_equal(pictures[-1], pair["image"])
+        assert any(isinstance(item, Text) and pair["prompt"] in item.text for item in items)
+        size = lambda text: len(text.encode()) + 2
+        index = drawn.index(size)
+        assert len(index) == 9 and sequences._counts(items, (64, 64), size)[2] <= index[5][2]
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def configuration(**changes):
+    config = toy.shipped("bagel_debug")
+    config.steps, config.save_every, config.log_every = 2, 2, 1
+    config.data.tokens, config.data.text_length = 980, 704
+    for name, value in changes.items():
+        with config.ignore_type():
+            config[name] = value
+    return config
+
+
+def test_batches_resume_and_are_shared_by_hosts():
+    objective = objectives.make(configuration())
+    batches = objective.batches()
+    found = [next(batches) for _ in range(3)]
+    shapes = objective.batch_shapes()[0]
+    assert {name: (x.shape, x.dtype) for name, x in found[0].items()} == {
+        name: (x.shape, x.dtype) for name, x in shapes.items()
+    }
+    again = objective.batches()
+    again.set_state({"step": 2})
+    following = next(again)
+    for name, value in found[2].items():
+        np.testing.assert_array_equal(following[name], value)
+    present = [x["text_sample"].max(axis=1) for x in found]
+    assert min(map(min, present)) >= 1  # several samples in every row
+    assert any(x["text_scored"].any() for x in found) and all(x["painted_noisy"].any() for x in found)
+    for iterator in (batches, again):
+        iterator.close()
+
+
+def test_pictures_that_cannot_be_read_are_counted(released, tmp_path):
+    plan = Packing([np.tile([1, 1, 80, 64, 64], (8, 1))], [1.0], 2, [Bucket((32, 32), (16, 16), 2)], 200, 0)
+    source = opened(released, "rvr.parquet", "rvr")
+
+    class Broken:
+        def sample(self, number):
+            if number % 2:
+                raise RefineError("damaged")
+            return source.sample(number // 2)
+
+    make = packing.Rows(plan, (Broken(),), encode, (1, 2), 200, 0.0, 0)
+    batches = packing.PackedBatches(make, 2, 0.6)
+    for _ in range(30):
+        batch = next(batches)
+    assert batches.corrupt > 20 and "skipped" not in batch
+    strict = packing.PackedBatches(make, 2, 0.1)
+    with pytest.raises(RefineError, match="could not be read, data.max_corrupt"):
+        for _ in range(60):
+            next(strict)
+
+
+def test_it_is_trained_whole_and_by_lora(tmp_path):
+    """From scratch; what comes out paints, and is the base of an adapter."""
+    folder = train(configuration(), tmp_path / "run", progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(line["loss"] == pytest.approx(line["mse"] + 0.25 * line["ce"], rel=1e-5) for line in lines)
+    assert Regenerator.load(folder).generate("a cat", (64, 64), steps=2).size == (64, 64)
+
+    lora = dict(rank=2, alpha=4.0, targets="decoder/layers/(und|gen)/(q|o)_proj")
+    config = configuration(init_from=str(folder), model={}, lora=lora, ema_decay=0.0)
+    out = train(config, tmp_path / "lora", progress=False)
+    loaded = loading.load(folder, adapters=out / objectives.LORA_FILE)
+    leaves = jax.tree.leaves(loaded.lora["bagel"])
+    assert leaves and all(np.isfinite(leaf).all() for leaf in leaves)
+    assert Regenerator.load(folder, lora=out / objectives.LORA_FILE).generate("a", (64, 64), steps=2).size == (64, 64)
+
+
+def test_settings_that_do_not_go_together_are_refused(tmp_path):
+    cases = [
+        (dict(lora=dict(rank=2, alpha=2.0, targets=".*")), "lora: nothing to adapt"),
+        (dict(init_from="tiny", model={}), "is no BAGEL or RvR model"),
+        (dict(init_from="tiny"), "init_from and model are both set"),
+        (dict(conditioning="refine"), "conditioning 'refine'"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(RefineError, match=message):
+            objectives.make(configuration(**changes))
+    config = configuration()
+    config.data.buckets = ((60, 64),)
+    with pytest.raises(RefineError, match="multiples of"):
+        objectives.make(config)
+    config.data.buckets, config.data.tokens = ((64, 64),), 400
+    with pytest.raises(RefineError, match="data.tokens 400"):
+        objectives.make(config)
+    assert bagel.SYSTEM_TRAINING.startswith("Analyze")
