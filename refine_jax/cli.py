@@ -98,9 +98,10 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
         help="paint a whole picture anew so that it shows what its prompt says",
         description="Refinement via regeneration: the picture is made anew from its prompt and what the model sees of "
-        "it; nothing is kept by force.",
+        "it; nothing is kept by force. With no arguments: the bundled example on the bundled model.",
     )
-    regenerate.add_argument("--image", metavar="F", required=True, help="picture to regenerate")
+    regenerate.add_argument("--image", metavar="F", help="picture to regenerate (default: the bundled example)")
+    regenerate.add_argument("--compare", metavar="F", help="also write the picture and the result side by side")
     regenerate.add_argument("--rounds", metavar="N", type=int, default=1, help="repeat so often (default: %(default)s)")
     regenerate.add_argument("--image-cfg", metavar="S", type=float, help="guidance by the context without the picture")
     generate = commands.add_parser(
@@ -111,8 +112,15 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     )
     generate.add_argument("--size", metavar="WxH", type=_size, help="in pixels (default: the model's largest square)")
     for painting, output in ((regenerate, "regenerated.png"), (generate, "generated.png")):
-        painting.add_argument("--prompt", metavar="T", required=True, help="what the picture should show")
-        painting.add_argument("--model", metavar="FOLDER|OWNER/NAME", required=True, help="BAGEL, RvR or your own")
+        painting.add_argument(
+            "--prompt", metavar="T", required=painting is generate, help="what the picture should show"
+        )
+        painting.add_argument(
+            "--model",
+            metavar="tiny|FOLDER|OWNER/NAME",
+            default="tiny",
+            help="the bundled model, BAGEL, RvR or your own (default: %(default)s)",
+        )
         painting.add_argument("--weights", choices=("rvr", "ema"), help="where a released folder holds both")
         painting.add_argument(
             "--lora", metavar="F[:WEIGHT]", action="append", default=[], help="LoRA weights; repeatable"
@@ -182,9 +190,10 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         description="Refine the held-out samples; write metrics, a table and a contact sheet. Needs the extra 'eval'.",
     )
     if command == "evaluate":
-        from refine_jax.evaluate import heldout
+        from refine_jax.evaluate import heldout, small_world
 
         heldout.add_arguments(evaluate)
+        small_world.add_arguments(evaluate)
     return parser
 
 
@@ -249,8 +258,22 @@ def _refine(args: argparse.Namespace) -> None:
 def _regenerate(args: argparse.Namespace) -> None:
     from refine_jax.images import check_output, read_picture, save_picture
 
+    image, prompt, spec, compare = None, args.prompt, None, None
     if args.command == "regenerate":
-        read_picture(args.image)
+        if bool(args.image) != bool(args.prompt):
+            missing = "--prompt" if args.image else "--image"
+            raise RefineError(f"regenerate: {missing} missing; give both of --image, --prompt, or none")
+        image, compare = args.image, args.compare
+        if image is None:
+            from refine_jax import examples
+
+            image, prompt, spec = examples.misaligned()
+            compare = compare or ("regenerated_compare.png" if args.output == "regenerated.png" else None)
+        picture = read_picture(image)
+        if compare:
+            check_output(compare, name="--compare")
+            if os.path.realpath(compare) == os.path.realpath(args.output):
+                raise RefineError(f"--compare {compare!r}: is the output too; give another name")
     check_output(args.output, name="--output")
 
     from refine_jax.regenerate import Regenerator
@@ -265,13 +288,28 @@ def _regenerate(args: argparse.Namespace) -> None:
     names = ("steps", "text_cfg", "renorm", "shift", "seed")
     settings = {name: getattr(args, name) for name in names} | {"progress": not args.quiet}
     if args.command == "generate":
-        result = regenerator.generate(args.prompt, args.size, **settings)
+        result = regenerator.generate(prompt, args.size, **settings)
     else:
-        result = regenerator.regenerate(
-            args.image, args.prompt, rounds=args.rounds, image_cfg=args.image_cfg, **settings
-        )
+        result = regenerator.regenerate(image, prompt, rounds=args.rounds, image_cfg=args.image_cfg, **settings)
     save_picture(result, args.output, "--output")
     print(f"wrote {args.output} ({result.width}x{result.height})")
+    if compare:
+        import numpy as np
+
+        from refine_jax.compare import side_by_side
+        from refine_jax.data import world
+
+        before, captions = picture.with_rgb(picture.rgb), ["before", "after"]
+        if spec is not None:
+            wrong = [world.check(np.asarray(shown), spec).wrong for shown in (before, result)]
+            captions = [f"{name}: wrong {', '.join(w)}" if w else f"{name}: right" for name, w in zip(captions, wrong)]
+            print(f"{prompt!r}; " + "; ".join(captions))
+        save_picture(
+            side_by_side(list(zip((before, result), captions)), prompt if prompt.isascii() else ""),
+            compare,
+            "--compare",
+        )
+        print(f"wrote {compare} (before, after)")
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -324,9 +362,9 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from refine_jax.evaluate import heldout
+    from refine_jax.evaluate import heldout, small_world
 
-    heldout.run(args)
+    (small_world if args.set == "world" else heldout).run(args)
 
 
 def _overrides(command: str, rest: list[str]) -> dict[str, str]:

@@ -103,3 +103,15 @@ def before_after(picture: images.Picture, result: Image.Image, regions: Any, ref
     framed = Image.new("RGB", (sheet.width + 2 * _GAP, sheet.height + 2 * _GAP), _PAPER)
     framed.paste(sheet, (_GAP, _GAP))
     return framed
+
+
+def side_by_side(pictures: Sequence[tuple[Image.Image, str]], title: str = "") -> Image.Image:
+    """Pictures enlarged to one height, each with its caption; `title` below all of them. Mode "RGB"."""
+    panels = []
+    for picture, caption in pictures:
+        flat = _flat(picture)
+        scale = max(1, _CELL[1] // flat.height)
+        shown = flat.resize((flat.width * scale, flat.height * scale), Image.Resampling.NEAREST)
+        panels.append(_captioned(shown if scale > 1 else _fit(flat, _CELL), caption))
+    row = _joined(panels, across=True)
+    return _captioned(row, title) if title else row

@@ -1,11 +1,17 @@
-"""The bundled example: a real photograph with a garbled word, and what to ask for."""
+"""The bundled examples: a real photograph with a garbled word, a misaligned picture, and what to ask for."""
 
 import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
+
+from refine_jax.data import world
+from refine_jax.data.world import Spec
 from refine_jax.errors import RefineError
 
+# Which of the held-out prompts.
+_MISALIGNED = 2
 ASSETS = Path(__file__).parent / "assets" / "example"
 
 
@@ -37,3 +43,10 @@ def sign() -> Example:
         request["prompt"],
         ASSETS / reference if reference else None,
     )
+
+
+def misaligned() -> tuple[np.ndarray, str, Spec]:
+    """The example that `refine-jax regenerate` runs when it is given nothing: a picture of the small world `[64, 64, 3]
+    uint8`, a prompt that it does not fulfil and that no training states, and what the prompt says (`world.check`)."""
+    sample = world.sample(seed=7_000, index=_MISALIGNED, split="eval")
+    return sample["misaligned_image"], sample["prompt"], sample["spec"]

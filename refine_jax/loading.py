@@ -30,6 +30,12 @@ _DTYPES = ("float32", "bfloat16")
 # Files distilled to few steps say so in their names: "Qwen-Image-Edit-2511-Lightning-8steps-V1.0-bf16.safetensors".
 _LIGHTNING = re.compile(r"lightning.*?(\d+)[\s_-]*steps?", re.IGNORECASE)
 
+# Models of the package: their folders, and what made them. To `Regenerator.load` "tiny" is the second.
+BUNDLED = {
+    "tiny": ("tiny", "configs/tiny_vae.py, then configs/tiny.py"),
+    "tiny-rvr": ("tiny_rvr", "configs/tiny_world.py, then configs/tiny_rvr.py"),
+}
+
 # In the header of an adapter's file: what it was trained to be shown.
 _SHOWN = "refine_jax_conditioning"
 
@@ -211,17 +217,18 @@ def resolve(model: str | os.PathLike) -> Path:
 
     Downloads a name of the model hub ("owner/name" or "owner/name@revision").
     """
-    folder = Path(__file__).parent / "assets" / "tiny" if model == "tiny" else Path(model)
+    bundled = BUNDLED.get(model) if isinstance(model, str) else None
+    folder = Path(__file__).parent / "assets" / bundled[0] if bundled else Path(model)
     try:
         found = folder.is_dir() or bagel_folder.locate(folder) is not None
     except (OSError, ValueError):  # a name that no file system can hold
         found = False
     if found:
         return folder
-    if model == "tiny":
+    if bundled:
         raise RefineError(
-            "model 'tiny': this installation holds no bundled model; train it (configs/tiny_vae.py, then"
-            " configs/tiny.py) and give the folder that the run wrote, WORKDIR/model"
+            f"model {model!r}: this installation holds no bundled model; train it ({bundled[1]}) and give the folder"
+            " that the run wrote, WORKDIR/model"
         )
     if not isinstance(model, str) or not _HUB_NAME.fullmatch(model):
         raise RefineError(f"model {str(model)!r}: no such model; give 'tiny', the folder of a model, or owner/name")
