@@ -65,7 +65,7 @@ def edit_lora(variant: str, topology: str, mesh: dict[str, int], **changes: obje
 
 def _changed(config: ml_collections.ConfigDict, changes: dict[str, object]) -> ml_collections.ConfigDict:
     for name, value in changes.items():
-        if isinstance(value, dict) and name in config:
+        if isinstance(value, dict) and isinstance(config.get(name), ml_collections.ConfigDict):
             config[name].update(value)
         else:
             with config.ignore_type():
