@@ -16,6 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = recipes.bagel_rvr(
         "",
         dict(fsdp=-1),
+        variant="",
         steps=10,
         batch_size=2,
         log_every=2,

@@ -23,9 +23,9 @@ from refine_jax.bagel import BagelModel
 from refine_jax.convert import lora as lora_files
 from refine_jax.data import packing, sequences
 from refine_jax.errors import RefineError
-from refine_jax.model import ModelConfig
+from refine_jax.model import PUBLISHED, ModelConfig
 from refine_jax.models import siglip
-from refine_jax.models.bagel import Bagel, Segments, latent_position_ids
+from refine_jax.models.bagel import Bagel, BagelConfig, Segments, latent_position_ids
 from refine_jax.models.layers import init_lora, scale_lora
 from refine_jax.objective import LORA_FILE, Objective
 
@@ -178,6 +178,21 @@ def row_losses(
     return {"mse": mse, "ce": _cross_entropy(network, weights, hidden, batch)}
 
 
+def apart(batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch with every pair of its pictures in a row of its own, and its share of the text.
+
+    What a packed row needs: no sample sees another, whatever a kernel computes of that.
+    """
+    pictures = batch["painted_pixels"].shape[1]
+
+    def shape(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        rows, count, *rest = leaf.shape
+        each = count // pictures if name.startswith("text") else 1
+        return jax.ShapeDtypeStruct((rows * pictures, each, *rest), leaf.dtype)
+
+    return {name: shape(name, leaf) for name, leaf in batch.items()}
+
+
 def _of_pictures(batch: Mapping[str, jax.Array], name: str, tokens: int) -> Segments:
     """The segments of the tokens of a row's pictures, `tokens` each."""
     spread = {key: jnp.repeat(batch[f"{name}_{key}"], tokens, axis=1) for key in packing.PLACES}
@@ -275,6 +290,9 @@ def _start(
             raise RefineError(
                 f"init_from {config.init_from!r}: is no BAGEL or RvR model; train it with objective 'refine'"
             )
+        expected = config.get("variant")
+        if expected and _plain(found.bagel) != _plain(PUBLISHED[expected].bagel):
+            raise RefineError(f"init_from {config.init_from!r}: its network is not that of {expected} (variant)")
     else:
         if config.get("lora"):
             raise RefineError("lora: nothing to adapt; set init_from")
@@ -291,6 +309,12 @@ def _start(
         **settings,
     )
     return source if config.init_from else _Scratch(made, config.seed), made
+
+
+def _plain(config: BagelConfig) -> BagelConfig:
+    """The architecture alone."""
+    same = dict(dtype="float32", param_dtype="float32", remat=None, scan=True, attention_impl="auto")
+    return dataclasses.replace(config, vit=dataclasses.replace(config.vit, **same), **same)
 
 
 @dataclasses.dataclass(frozen=True)

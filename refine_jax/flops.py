@@ -17,6 +17,8 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from refine_jax import objectives
+from refine_jax.bagel import BagelModel
+from refine_jax.bagel_objective import apart
 from refine_jax.model import ModelConfig
 
 
@@ -49,18 +51,23 @@ def count(function: Callable[..., Any], *args: Any) -> Flops:
     return _of_jaxpr(jaxpr)
 
 
-def of_step(config: ml_collections.ConfigDict, model: ModelConfig | None, batch: Any) -> Flops:
+def of_step(config: ml_collections.ConfigDict, model: ModelConfig | BagelModel | None, batch: Any) -> Flops:
     """What a training step of `config` on a global `batch` (shapes suffice) needs: forward pass and gradients.
 
-    model: `Objective.model`, None for the VAE's objective.
+    model: `Objective.model`, None for the VAE's objective. Of packed rows attention counts within samples of a pair of
+    pictures each (`bagel_objective.apart`).
     """
     plain = config.copy_and_resolve_references()
     with plain.unlocked():
         plain.remat, plain.variant = None, ""  # the latter is a check of `model`, which is about to change
-    if model is not None:
-        # Whatever the kernels are: two products forwards, four for the gradients.
-        mmdit = dataclasses.replace(model.mmdit, remat=None, attention_impl="xla")
-        model = dataclasses.replace(model, mmdit=mmdit)
+    # Whatever the kernels are: two products forwards, four for the gradients.
+    counted = dict(remat=None, attention_impl="xla")
+    if isinstance(model, BagelModel):
+        tower = dataclasses.replace(model.bagel.vit, **counted)
+        model = dataclasses.replace(model, bagel=dataclasses.replace(model.bagel, vit=tower, **counted))
+        batch = apart(batch)
+    elif model is not None:
+        model = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, **counted))
     objective = objectives.make(plain, model)
     key = jax.eval_shape(lambda: jax.random.key(0))
     # A box's own `unbox` would constrain what it holds where a mesh is in force; these are shapes.

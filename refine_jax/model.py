@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax.linen import meta
 
 from refine_jax import conditioning, prompts
+from refine_jax.bagel import BagelModel
 from refine_jax.conditioning import CONDITIONINGS, Pictures
 from refine_jax.errors import RefineError
 from refine_jax.flow import SchedulerConfig
@@ -210,9 +211,10 @@ class ModelConfig:
 
 
 # The released models, by their names: what a configuration can be compiled for without their weights.
-PUBLISHED: dict[str, ModelConfig] = {
+PUBLISHED: dict[str, "ModelConfig | BagelModel"] = {
     "qwen-image-edit-2509": ModelConfig(mmdit=MMDiTConfig()),
     "qwen-image-edit-2511": ModelConfig(),
+    "bagel-7b-mot": BagelModel(),
 }
 
 
