@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
         vae_from="",
         conditioning="rvr",
         prompt="",
-        data=dict(text_to_image=1 / 3, text_length=60, editing=False),
+        data=dict(text_to_image=1 / 3, text_length=54, editing=False),
         optimizer=dict(learning_rate=2e-3, decay=0.5),
     )
     del config.model, config.tokenizer

@@ -255,20 +255,19 @@ def encode_prompts(
     """Conditioning tokens c = E(X, y) of several prompts about the same images.
 
     prompts: dicts of ids, mask `[B, L]`, positions `[B, L, 3]`, image_index `[B, L]` (`prompts.PromptBatch`); images:
-    the encoder's views `[B, H, W, 3]` in 0…255 (`conditioning.view`). Returns (tokens `[B, L - dropped, D]`, mask) for
-    each; the pictures are encoded once.
+    the encoder's views `[B, H, W, 3]` in 0…255 (`conditioning.view`), none where no prompt shows any. Returns (tokens
+    `[B, L - dropped, D]`, mask) for each; the pictures are encoded once.
     """
     encoder = QwenVL(model.vl)
     collections = {"params": variables["vl"], "lora": lora.get("vl", {})}
     grids = [patch_grid(*image.shape[1:3], model.vl.vision) for image in images]
     patches = [pixels_to_patches(image, model.vl.vision) for image in images]
-    pictures = encoder.apply(collections, patches, grids, method="image_tokens")
+    pictures = encoder.apply(collections, patches, grids, method="image_tokens") if images else None
     dropped = model.prompt.drop_tokens
     encoded = []
     for p in prompts:
-        hidden = encoder.apply(
-            collections, p["ids"], p["mask"], p["positions"], pictures, p["image_index"], method="text"
-        )
+        shown = (pictures, p["image_index"]) if images else ()
+        hidden = encoder.apply(collections, p["ids"], p["mask"], p["positions"], *shown, method="text")
         encoded.append((hidden[:, dropped:], p["mask"][:, dropped:]))
     return encoded
 

@@ -224,7 +224,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
                 )
                 for grid in grids
             ]
-        pictures = lambda bucket: dict(image=shape(jnp.uint8, *bucket, 3), target=shape(jnp.uint8, *bucket, 3))
+        shown = ("target",) if data.get("text_to_image") == 1 and not model.pictures.seen else ("image", "target")
+        pictures = lambda bucket: {name: shape(jnp.uint8, *bucket, 3) for name in shown}
         around = lambda bucket: dict(
             reference=shape(jnp.uint8, *bucket, 3), mask=shape(jnp.uint8, *bucket), has_reference=shape(jnp.bool_)
         )
@@ -395,7 +396,7 @@ def encode(
     names = ("target", *model.pictures.seen)
     encoded = dict(zip(names, encode_images(model, variables, [pictures[name] for name in names])))
     look = jax.vmap(lambda image: conditioning.view(image, None, model.vl_sizes(image.shape[1] / image.shape[0])))
-    read = [look(pictures[name]) for name in model.pictures.read]
+    read = [look(pictures[name]) for name in model.pictures.read if name in pictures]
     [(encoded["text"], encoded["text_mask"])] = encode_prompts(model, variables, {}, [batch["prompt"]], read)
     if "mask" in batch:
         grid = encoded["target"].shape[1:3]
@@ -504,6 +505,8 @@ class _Prompted:
         draws = draw(0)
         if "mask" not in names:
             batch["has_image"] = draw(1) >= self._alone
+            if self._alone == 1 and not self._model.pictures.seen:
+                del batch["image"]  # nor need it be encoded
         texts = [loader.decode_instruction(row) for row in batch.pop("instruction")]
         texts = [self._model.negative_prompt if drawn < self._dropout else text for drawn, text in zip(draws, texts)]
         fit = functools.partial(self._model.fit_prompt, self._tokenizer, grids=grids, length=self._length)
