@@ -167,11 +167,11 @@ def row_losses(
         Segments(**{name: batch[f"text_{name}"] for name in (*packing.PLACES, "causal", "noisy")}),
         patches,
         jnp.asarray(cells),
-        _of_pictures(batch, "seen", math.prod(view)),
+        picture_segments(batch, "seen", math.prod(view)),
         (1 - t[..., None]) * clean + t[..., None] * noise,
         t,
         jnp.broadcast_to(places, t.shape),
-        _of_pictures(batch, "painted", tokens),
+        picture_segments(batch, "painted", tokens),
     )
     error = jnp.mean(jnp.square(velocity - (noise - clean)), axis=-1)
     mse = jnp.sum(jnp.where(scored, error, 0.0)) / jnp.maximum(jnp.sum(scored), 1)
@@ -193,7 +193,7 @@ def apart(batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: shape(name, leaf) for name, leaf in batch.items()}
 
 
-def _of_pictures(batch: Mapping[str, jax.Array], name: str, tokens: int) -> Segments:
+def picture_segments(batch: Mapping[str, jax.Array], name: str, tokens: int) -> Segments:
     """The segments of the tokens of a row's pictures, `tokens` each."""
     spread = {key: jnp.repeat(batch[f"{name}_{key}"], tokens, axis=1) for key in packing.PLACES}
     absent = jnp.zeros(spread["sample"].shape, bool)

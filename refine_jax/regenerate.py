@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import numbers
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from refine_jax.bagel import BagelModel
 from refine_jax.errors import RefineError
 from refine_jax.loading import LoraLike
 from refine_jax.model import ModelConfig, Size
-from refine_jax.models.bagel import latent_position_ids
+from refine_jax.models.bagel import Bagel, generate_text, latent_position_ids
 from refine_jax.progress import Progress
 from refine_jax.refine import TEXT_BUCKETS, canvas_side, generate, power_of_two
 
@@ -169,6 +169,42 @@ def bagel_program(
         model, variables, lora, marks, context, inputs["noise"], model.grid(spec.size), guidance, spec.report
     )
     return Painted(bagel.decode_latents(model, variables, x, spec.size), x)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "marks", "seen", "length", "temperature"))
+def answer_program(
+    variables: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    *,
+    model: BagelModel,
+    marks: bagel.Marks,
+    seen: Size | None,
+    length: int,
+    temperature: float,
+) -> jax.Array:
+    """What the model says after a picture and a question: ids `[B, length] int32`, filled with the end's behind it.
+
+    inputs: prompt (`bagel.Prompt`, B rows), key; where `seen`, the size at which the tower looks, also pictures `[B, H,
+    W, 3] uint8` and box `[B, 4] int32` as in `mmdit_program`.
+    """
+    pixels = None
+    if seen is not None:
+        pixels = jax.vmap(lambda p, b: bagel.painted(p, b, seen))(inputs["pictures"], inputs["box"])
+    prompt = inputs["prompt"]
+    context = bagel.read_prefix(model, variables, lora, marks, None, pixels, prompt, drop_text=False, drop_image=False)
+    return generate_text(
+        Bagel(model.bagel),
+        {"params": variables["bagel"], "lora": lora.get("bagel", {})},
+        context.cache,
+        marks.text_start,
+        marks.text_end,
+        segment_index=jnp.full(len(prompt.count), 1 if pixels is None else 2, jnp.int32),
+        position=context.position,
+        length=length,
+        temperature=temperature,
+        key=inputs["key"],
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("size",))
@@ -341,6 +377,59 @@ class Regenerator:
         )
         return self.generate_batch([request], progress=progress)[0]
 
+    def answer(
+        self,
+        image: images.ImageLike | None,
+        question: str,
+        *,
+        max_tokens: int = 500,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        """What the model says of a picture: the text that follows [picture][question] (understanding).
+
+        image: as in `regenerate`, None for a question alone. temperature: 0 takes the likeliest token each time,
+        otherwise tokens are drawn, by the seed. Raises `RefineError` as `regenerate`, and for an MMDiT, which is mute.
+        """
+        picture = None if image is None else images.read_picture(image)
+        max_tokens = _whole("max_tokens", max_tokens, 1, 16384)
+        if not isinstance(temperature, numbers.Real) or not 0 <= temperature <= 100:
+            raise RefineError(f"temperature {temperature!r}: give a number from 0 to 100")
+        seed = _whole("seed", seed, -(2**63), 2**63 - 1)
+        ids = bagel.text_ids(self.tokenizer, _text(question))
+        inputs = {
+            "prompt": _padded([ids], prompts.bucket_length(len(ids), _LENGTHS)),
+            "key": _key(seed, 0, 2),
+        }
+        seen = None
+        if picture is not None:
+            width, height = picture.size
+            seen = self.model.seen_size(self.model.painted_size((height, width)))
+            inputs["pictures"], inputs["box"] = _canvases([picture])
+        marks = bagel.Marks.of(self.tokenizer)
+        with self._placed():
+            said = answer_program(
+                self.variables,
+                self.lora,
+                inputs,
+                model=self.model,
+                marks=marks,
+                seen=seen,
+                length=power_of_two(max_tokens),
+                temperature=float(temperature),
+            )
+            said = parallel.fetch(said)[0][:max_tokens].tolist()
+        return self.tokenizer.decode(said[: said.index(marks.text_end)] if marks.text_end in said else said)
+
+    @contextlib.contextmanager
+    def _placed(self) -> Iterator[None]:
+        """The mesh and its rules in force, where there is one."""
+        with contextlib.ExitStack() as stack:
+            if self._mesh is not None:
+                stack.enter_context(jax.set_mesh(self._mesh))
+                stack.enter_context(nn.logical_axis_rules(self._rules))
+            yield
+
     def regenerate_batch(self, requests: Sequence[Mapping[str, Any]], *, progress: bool = False) -> list[Image.Image]:
         """Several requests, each a dict of `regenerate`'s arguments; results in the order of the requests.
 
@@ -453,9 +542,7 @@ class Regenerator:
         with contextlib.ExitStack() as stack:
             if progress:
                 spec = dataclasses.replace(spec, report=self._progress.step)
-            if self._mesh is not None:
-                stack.enter_context(jax.set_mesh(self._mesh))
-                stack.enter_context(nn.logical_axis_rules(self._rules))
+            stack.enter_context(self._placed())
             pictures, marks = None, bagel.Marks.of(self.tokenizer)
             if spec.seen is not None:
                 system = bagel.text_ids(self.tokenizer, self.model.system)
@@ -514,6 +601,9 @@ class MMDiTRegenerator(Regenerator):
                 )
         return self._mmdit_request(None, prompt, 1, found, settings)
 
+    def answer(self, *_: Any, **__: Any) -> str:
+        raise RefineError("answer: this model, an MMDiT, paints and says nothing; use a BAGEL or RvR model")
+
     def _mmdit_request(
         self, picture: images.Picture | None, prompt: str, rounds: int, size: Size, settings: Mapping[str, Any]
     ) -> _Request:
@@ -563,9 +653,7 @@ class MMDiTRegenerator(Regenerator):
             if progress:
                 spec = dataclasses.replace(spec, report=self._progress.step)
                 stack.enter_context(self._progress.show(steps))
-            if self._mesh is not None:
-                stack.enter_context(jax.set_mesh(self._mesh))
-                stack.enter_context(nn.logical_axis_rules(self._rules))
+            stack.enter_context(self._placed())
             made = mmdit_program(self.variables, self.lora, inputs, model=self.model, spec=spec)
             return list(parallel.fetch(made.pictures)[: len(members)])
 

@@ -72,7 +72,7 @@ def encode(text: str) -> np.ndarray:
 
 
 def packed_row(length: int = 96) -> dict[str, np.ndarray]:
-    row = packing._Row(length, Bucket(SIZE, VIEW, 4))
+    row = packing.Row(length, Bucket(SIZE, VIEW, 4))
     for number, (items, names) in enumerate(OURS):
         pictures = [np.asarray(reference.picture(name, *VIEW)) for name in names]
         row.add(number, items, pictures, encode, (reference.START, reference.END))
@@ -90,7 +90,7 @@ def test_a_row_is_laid_out_as_the_authors_do():
     assert (ours["text_sample"][count:] == -1).all() and not ours["text_scored"][count:].any()
     batch = {name: jnp.asarray(value)[None] for name, value in ours.items()}
     for name, tokens, segments in (("seen", 16, theirs.vit), ("painted", 4, theirs.gen)):
-        found = bagel_objective._of_pictures(batch, name, tokens)
+        found = bagel_objective.picture_segments(batch, name, tokens)
         count = segments.sample.shape[1]
         for field in dataclasses.fields(segments):
             np.testing.assert_array_equal(getattr(found, field.name)[:, :count], getattr(segments, field.name))

@@ -14,15 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from refine_jax import bagel, checkpoint, flow, loading, prompts, regenerate
+from refine_jax import bagel, bagel_objective, checkpoint, flow, loading, prompts, regenerate
 from refine_jax.bagel import BagelModel, Guidance, LatentImage, Marks, Prompt
 from refine_jax.cli import main
 from refine_jax.convert import keys_flux_vae
 from refine_jax.convert.mapping import reference_shapes, to_tree
+from refine_jax.data import packing
+from refine_jax.data.sequences import Seen, Text
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig
-from refine_jax.models.bagel import BagelConfig, patchify
+from refine_jax.models.bagel import Bagel, BagelConfig, Segments, patchify
 from refine_jax.models.flux_vae import FluxVAEConfig
+from refine_jax.models.siglip import pixels_to_patches, position_ids
 from refine_jax.regenerate import Regenerator
 
 # tests/data/rvr_sampler.npz holds what inferencer.py and modeling/ of github.com/LeapLabTHU/RvR painted on a CPU
@@ -258,6 +261,43 @@ def test_bad_requests_are_refused(settings, message):
         door().regenerate(**{"image": photo("a", (60, 90)), "prompt": "x", **settings})
     with pytest.raises(RefineError, match="multiples of 16"):
         door().generate("x", (50, 64))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_an_answer_is_what_training_would_predict(shown):
+    """Token by token the likeliest one behind [picture][question][answer so far], in a row as it is packed to train."""
+    regenerator, image = door(), photo("a", (60, 90))
+    model = regenerator.model.bagel
+    said = regenerator.answer(image if shown else None, "what is it?", max_tokens=5)
+    seen = regenerator.model.seen_size(regenerator.model.painted_size((60, 90)))
+    encode = lambda text: bagel.text_ids(regenerator.tokenizer, text)
+    marks = Marks.of(regenerator.tokenizer)
+    question = encode("what is it?")
+    inputs = dict(prompt=Prompt(question[None], np.array([len(question)], np.int32)), key=jax.random.key(0))
+    if shown:
+        inputs |= dict(pictures=image[None], box=np.array([[0, 0, 90, 60]], np.int32))
+    program = functools.partial(regenerate.answer_program, model=regenerator.model, marks=marks, temperature=0.0)
+    found = program(regenerator.variables, {}, inputs, seen=seen if shown else None, length=8)
+    ids = np.asarray(found)[0, :5].tolist()
+    assert regenerator.tokenizer.decode(ids) == said and marks.text_end not in ids
+    row = packing.Row(40, packing.Bucket((16, 16), seen, 1))
+    answer = np.array([marks.text_start, *ids, marks.text_end], np.int32)
+    items = [Seen(0)] * shown + [Text("what is it?"), Text("x", scored=True)]
+    picture = np.asarray(bagel.painted(image, None, seen)).astype(np.uint8)
+    row.add(0, items, [picture], lambda t: answer if t == "x" else encode(t), (marks.image_start, marks.image_end))
+    batch = {name: jnp.asarray(value)[None] for name, value in row.arrays().items()}
+    segments = Segments(**{name: batch[f"text_{name}"] for name in (*packing.PLACES, "causal", "noisy")})
+    patches = pixels_to_patches(batch["seen_pixels"][:, 0], model.vit)[:, None]
+    grid = tuple(side // model.vit.patch_size for side in seen)
+    cells = jnp.asarray(position_ids(*grid, model.vit))[None, None]
+    where = bagel_objective.picture_segments(batch, "seen", grid[0] * grid[1])
+    weights = {"params": regenerator.variables["bagel"]}
+    hidden, _ = Bagel(model).apply(weights, batch["text_ids"], segments, patches, cells, where)
+    logits = Bagel(model).apply(weights, hidden, method=Bagel.logits)[0]
+    at = np.flatnonzero(row.arrays()["text_scored"])[:5]
+    assert np.argmax(logits[at], axis=-1).tolist() == ids
+    with pytest.raises(RefineError, match="max_tokens 0"):
+        regenerator.answer(None, "x", max_tokens=0)
 
 
 # ------------------------------------------------------------------------------------ both carriers, from a folder

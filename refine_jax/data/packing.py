@@ -199,7 +199,7 @@ class Rows:
     def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
         bucket, rows = self.packing.rows(step)
         rng = np.random.default_rng([self.seed, step, row])
-        filled, skipped = _Row(self.text, bucket), 0
+        filled, skipped = Row(self.text, bucket), 0
         for number, (source, index) in enumerate(rows[row]):
             try:
                 items, pictures = self.sources[source].sample(index)
@@ -218,7 +218,9 @@ class Rows:
 PLACES = ("sample", "segment", "index", "position")
 
 
-class _Row:
+class Row:
+    """A row that is being filled with samples."""
+
     def __init__(self, text: int, bucket: Bucket):
         self._bucket, self._used = bucket, 0
         self._text = {"ids": np.zeros(text, np.int32)} | {name: np.zeros(text, np.int32) for name in PLACES}
@@ -228,11 +230,8 @@ class _Row:
         for name, size in (("seen", bucket.seen), ("painted", bucket.painted)):
             places = {key: np.zeros(bucket.pictures, np.int32) for key in PLACES}
             places["sample"][:] = -1
-            self._pictures[name] = dict(
-                pixels=np.zeros((bucket.pictures, *size, 3), np.uint8),
-                noisy=np.zeros(bucket.pictures, bool),
-                **places,
-            )
+            self._pictures[name] = dict(pixels=np.zeros((bucket.pictures, *size, 3), np.uint8), **places)
+        self._pictures["painted"]["noisy"] = np.zeros(bucket.pictures, bool)
         self._filled = dict(seen=0, painted=0)
 
     def add(
@@ -257,8 +256,10 @@ class _Row:
             name = "seen" if seen else "painted"
             into, slot = self._pictures[name], self._filled[name]
             self._filled[name] += 1
-            for key, value in {**place, "noisy": noisy}.items():
+            for key, value in place.items():
                 into[key][slot] = value
+            if not seen:
+                into["noisy"][slot] = noisy
             into["pixels"][slot] = fitted(pictures[item.picture], getattr(self._bucket, name))
             # What would follow the picture to be painted stands at its position.
             position, order = position + (not noisy), order + 1
@@ -273,13 +274,12 @@ class _Row:
     def arrays(self) -> dict[str, np.ndarray]:
         """Flat: text_ids, text_sample, …; seen_pixels, seen_sample, …; painted_pixels, painted_noisy, …."""
         parts = {"text": self._text, **self._pictures}
-        del parts["seen"]["noisy"]
         return {f"{part}_{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
 def shapes(bucket: Bucket, text: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """(shape, dtype) of every array of a row of `bucket`."""
-    return {name: (value.shape, value.dtype) for name, value in _Row(text, bucket).arrays().items()}
+    return {name: (value.shape, value.dtype) for name, value in Row(text, bucket).arrays().items()}
 
 
 class PackedBatches(loader.Batches):
