@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from PIL import Image
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -19,9 +20,9 @@ class Objective:
     load(shardings) -> its arrays. loss(params, frozen, batch, key) -> (scalar float32, dict of scalars float32).
     batches() -> an iterator, with get_state, set_state and close, of dicts of numpy arrays whose leading axis is this
     host's part of the batch. batch_shapes() -> the global batch as `jax.ShapeDtypeStruct`s, one tree a bucket.
-    export(params, frozen, folder) writes the result. refiner(params, frozen, mesh, rules) -> a sampler of the present
-    weights, where there is one; samples(count) -> requests for it, each with its target under "target". model: its
-    `ModelConfig` or `BagelModel`, None for a VAE alone.
+    export(params, frozen, folder) writes the result. sampler(params, frozen, mesh, rules) -> what makes pictures of
+    requests with the present weights, a list of each, where there is such a thing; samples(count) -> requests for it,
+    each with its target under "target". model: its `ModelConfig` or `BagelModel`, None for a VAE alone.
     """
 
     init: Callable[[jax.Array], Any]
@@ -32,6 +33,6 @@ class Objective:
     load: Callable[[Any], Any] = lambda shardings: {}
     initial: Callable[[Any], Any] | None = None
     batch_shapes: Callable[[], list[dict[str, Any]]] | None = None
-    refiner: Callable[..., Any] | None = None
+    sampler: Callable[..., Callable[[list[dict[str, Any]]], list[Image.Image]]] | None = None
     samples: Callable[[int], list[dict[str, Any]]] | None = None
     model: Any = None

@@ -6,7 +6,7 @@ An objective is a value that the trainer (`refine_jax.train`) drives; `make` bui
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from refine_jax.models.mmdit import MMDiTConfig, stack_blocks
 from refine_jax.models.qwen_vae import QwenVAE, VAEConfig
 from refine_jax.objective import LORA_FILE, Objective
 from refine_jax.refine import Refiner
+from refine_jax.regenerate import MMDiTRegenerator
 
 # Of what has no mask.
 _NO_BOUNDARY = ml_collections.FrozenConfigDict(dict(r_out=0, r_in=0, alpha=0.0))
@@ -147,6 +148,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     frozen = tuple(name for name in needed if name not in trained)
     source, model = _start(config, trained, model)
     masked = "mask" in model.pictures.read
+    alone = not masked and data.get("text_to_image") == 1  # text to image and nothing else
     if data.source not in (("synth", "records", "cache") if masked else ("world", "records")):
         raise RefineError(f"data.source {data.source!r}: has no pairs for conditioning {model.conditioning!r}")
     boundary = config.boundary if masked else _NO_BOUNDARY
@@ -196,9 +198,9 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
                 max_corrupt=data.get("max_corrupt", 0.01),
                 **common,
             )
-        alone = data.get("text_to_image", 0.0)
+        share = data.get("text_to_image", 0.0)
         return _Prompted(
-            pairs, model, source.tokenizer(), data.text_length, config.instruction_dropout, alone, config.seed
+            pairs, model, source.tokenizer(), data.text_length, config.instruction_dropout, share, config.seed
         )
 
     def batch_shapes() -> list[dict[str, Any]]:
@@ -224,7 +226,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
                 )
                 for grid in grids
             ]
-        shown = ("target",) if data.get("text_to_image") == 1 and not model.pictures.seen else ("image", "target")
+        shown = ("target",) if alone and not model.pictures.seen else ("image", "target")
         pictures = lambda bucket: {name: shape(jnp.uint8, *bucket, 3) for name in shown}
         around = lambda bucket: dict(
             reference=shape(jnp.uint8, *bucket, 3), mask=shape(jnp.uint8, *bucket), has_reference=shape(jnp.bool_)
@@ -256,13 +258,22 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
             source.write_tokenizer(folder / "tokenizer")
         checkpoint.save_model(folder, scanned.to_manifest(), trees)
 
-    def refiner(params: Any, frozen: Any, mesh: jax.sharding.Mesh, rules: Any) -> Refiner:
+    def sampler(params: Any, frozen: Any, mesh: jax.sharding.Mesh, rules: Any) -> Callable:
         trees = {**frozen, **{name: params[name] for name in trained}}
-        return Refiner(model, trees, source.tokenizer(), adapters(params), mesh=mesh, rules=rules)
+        kind = Refiner if masked else MMDiTRegenerator
+        door = kind(model, trees, source.tokenizer(), adapters(params), mesh=mesh, rules=rules)
+        return door.refine_batch if masked else door.generate_batch if alone else door.regenerate_batch
 
     def samples(count: int) -> list[dict[str, Any]]:
         if data.source == "records":
-            return _record_samples(Dataset(data.get("validation") or data.path), count)
+            found = _record_samples(Dataset(data.get("validation") or data.path), count)
+            if masked:
+                return found
+            return [{name: sample[name] for name in ("image", "prompt", "target")} for sample in found]
+        if data.source == "world":
+            found = [world.sample(_SAMPLES, k, "eval", buckets[k % len(buckets)][0]) for k in range(count)]
+            shown = lambda pair: {} if alone else {"image": pair["misaligned_image"]}
+            return [dict(prompt=pair["prompt"], target=pair["image"], **shown(pair)) for pair in found]
         found = [synth.sample(_SAMPLES, k, buckets[k % len(buckets)], "eval") for k in range(count)]
         return [
             dict(
@@ -285,8 +296,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         load=load,
         initial=initial if config.init_from and trained else None,
         batch_shapes=batch_shapes,
-        refiner=refiner if masked and not cached else None,
-        samples=samples if masked else None,
+        sampler=None if cached else sampler,
+        samples=None if cached else samples,
         model=model,
     )
 

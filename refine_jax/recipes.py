@@ -153,8 +153,8 @@ def bagel_rvr(topology: str, mesh: dict[str, int], **changes: object) -> ml_coll
 def small_world(**changes: object) -> ml_collections.ConfigDict:
     """RvR on a tiny MMDiT in the small world (`data.world`): text to image, from scratch but for the bundled VAE.
 
-    An encoder that looks at 100 patches of a picture, a tokenizer that knows the world's words, and an MMDiT of 5 blocks
-    of 128 features. changes: as for `edit_lora`.
+    An encoder that looks at 100 patches of a picture, a tokenizer that knows the world's words, and an MMDiT of 5
+    blocks of 128 features. changes: as for `edit_lora`.
     """
     config = ml_collections.ConfigDict()
     config.objective = "refine"

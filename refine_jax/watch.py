@@ -141,15 +141,14 @@ class Watch:
         self._logged = (done, time.perf_counter())
 
     def pictures(self, done: int, params: Any, frozen: Any) -> None:
-        """Every `config.pictures.every` steps: the objective's samples, refined with the present weights."""
+        """Every `config.pictures.every` steps: the objective's samples, made with the present weights."""
         wanted = self._config.get("pictures")
-        if not wanted or not wanted.every or self._objective.refiner is None or done % wanted.every:
+        if not wanted or not wanted.every or self._objective.sampler is None or done % wanted.every:
             return
         if self._samples is None:
             self._samples = self._objective.samples(wanted.count)
-        refiner = self._objective.refiner(params, frozen, self._program.mesh, self._program.rules)
-        requests = [{k: v for k, v in sample.items() if k != "target"} for sample in self._samples]
-        results = refiner.refine_batch(requests)
+        make = self._objective.sampler(params, frozen, self._program.mesh, self._program.rules)
+        results = make([{k: v for k, v in sample.items() if k != "target"} for sample in self._samples])
         self._moment = None  # this was no step
         if self._speaks:
             grid = _grid([_row(sample, result) for sample, result in zip(self._samples, results)])
@@ -207,7 +206,10 @@ def _lines(history: Path, last: int) -> list[str]:
 
 
 def _row(sample: Mapping[str, Any], result: Image.Image) -> list[np.ndarray]:
-    """Input, result, target, around the region."""
+    """Input where there is one, result, target; around the region where there is one."""
+    if "mask_or_box" not in sample:
+        pictures = (sample.get("image"), result, sample["target"])
+        return [np.array(picture)[..., :3] for picture in pictures if picture is not None]
     box, _ = focus.mask_box(images.region_masks(sample["mask_or_box"], result.size)[0])
     x1, y1, x2, y2 = focus.focus_box(box, *result.size) if sample.get("focus", True) else (0, 0, *result.size)
     return [np.array(picture)[y1:y2, x1:x2, :3].copy() for picture in (sample["image"], result, sample["target"])]

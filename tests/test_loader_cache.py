@@ -227,7 +227,7 @@ def test_a_lora_is_trained_from_the_cache(made, tmp_path):
     online = objectives.make(config)
     config.data.source, config.data.path = "cache", str(folder)
     objective = objectives.make(config)
-    assert set(objective.frozen) == {"mmdit"} and objective.refiner is None
+    assert set(objective.frozen) == {"mmdit"} and objective.sampler is None
     batches = objective.batches()
     batch = next(batches)
     batches.close()

@@ -342,7 +342,7 @@ def test_the_loss_sees_tokens_alone(base):
     gradient reaches the tokens."""
     objective = objectives.make(configuration(base))
     model, batches = objective.model, objective.batches()
-    assert model.conditioning == "rvr" and objective.refiner is None
+    assert model.conditioning == "rvr"
     batch = next(batches)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
     assert shapes == objective.batch_shapes()[0] and set(batch) == {"image", "target", "prompt", "has_image"}
@@ -404,8 +404,11 @@ SIGMA = dict(distribution="logit_normal", shift=4.0)
 
 
 def test_a_lora_is_trained_and_carries_its_conditioning(base, tmp_path):
-    """On a model that was made to refine: the file says what it is for."""
-    folder = train(configuration(base, lora=LORA, ema_decay=0.0), tmp_path / "run", progress=False)
+    """On a model that was made to refine: the file says what it is for. Fixed samples are painted on the way."""
+    config = configuration(base, lora=LORA, ema_decay=0.0, pictures=dict(every=2, count=2))
+    folder = train(config, tmp_path / "run", progress=False)
+    with Image.open(tmp_path / "run" / "pictures" / "00000002.png") as grid:
+        assert grid.size == (3 * (128 + 4), 2 * (128 + 4))  # misaligned, result, target
     file = folder / objectives.LORA_FILE
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2] and all(line["grad_norm"] > 0 for line in lines)
@@ -418,11 +421,16 @@ def test_a_lora_is_trained_and_carries_its_conditioning(base, tmp_path):
 
 
 def test_a_whole_model_is_trained_from_scratch_and_loads_back(base, tmp_path):
-    """The switch in a configuration that has the encoder trained too."""
+    """The switch in a configuration that has the encoder trained too; text to image alone, no picture is read."""
     scratch = toy.refine_config("").model.to_dict()
     changes = dict(init_from="", vae_from=str(base), model=scratch, train_encoder=True, prompt="rvr-inference")
-    config = configuration(base, **changes)
+    config = configuration(base, pictures=dict(every=2, count=1), **changes)
+    config.data.text_to_image = 1.0
+    shapes = objectives.make(config).batch_shapes()[0]
+    assert set(shapes) == {"target", "prompt", "has_image"}
     folder = train(config, tmp_path / "run", progress=False)
+    with Image.open(tmp_path / "run" / "pictures" / "00000002.png") as grid:
+        assert grid.size == (2 * (128 + 4), 128 + 4)  # result, target
     loaded = loading.load(folder)
     expected = prompts.for_tokenizer(prompts.TEMPLATES["rvr-inference"], loaded.tokenizer)
     assert loaded.config.conditioning == "rvr" and loaded.config.prompt == expected
