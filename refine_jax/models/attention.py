@@ -1,41 +1,44 @@
 """Attention: the one door to the kernels.
 
 Which kernel runs is decided by the platform that a program is lowered for: splash attention (`jax.experimental.pallas`)
-on a TPU, cuDNN's flash attention on an NVIDIA GPU, XLA elsewhere and for short sequences. None of them ever holds a
-mask of queries x keys. Under a mesh the kernels run in `jax.shard_map` by the logical rules in force: ``batch`` and
-``act_heads`` are split as they are, queries stay split along ``length``, keys and values are gathered there.
+on a TPU, cuDNN's flash attention on an NVIDIA GPU, XLA elsewhere and for short sequences. Under a mesh the kernels run
+in `jax.shard_map` by the logical rules in force: ``batch`` and ``act_heads`` are split as they are, queries stay split
+along ``length``, keys and values are gathered there.
 
-Splash attention is JAX's own and not tokamax's (0.0.12): tokamax takes no mask by key on a TPU (`k_end` and batched
-boolean masks raise NotImplementedError), offers its newer splash kernel under a private name only, picks a kernel by
-the default device, which is a CPU while a TPU program is compiled ahead of time, and pins typeguard, pydantic and qwix.
-Its kernel takes segment ids like this one: the day it is public, `_splash_kernel` is the place to change.
+A mask is by key (padding), by segment (`segments.SegmentMask`: packed sequences), or any other array; that one goes to
+XLA with all scores. By segment, splash gets spans of keys and no mask (`splash.splash_spans`). cuDNN takes a bias of 2
+bytes a score, and 2 more for a gradient of it that nobody wants (jax's #39512 ends that), so it gets rows of up to
+`_LARGEST_BIAS` scores; longer ones, and those of a CPU, go to `blockwise`, plain JAX whose memory does not grow so.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import AxisType, PartitionSpec
 
+from refine_jax.models.blockwise import blockwise_attention
 from refine_jax.models.layers import CHECKPOINT_NAME, fit_spec
+from refine_jax.models.segments import SegmentMask, attention_mask
+from refine_jax.models.splash import something_seen, splash_attention, splash_spans
 
 Array = jax.Array
-Kernel = Callable[[Array, Array, Array, Array | None], Array]
+# q, k, v and what a mask knows of each query, arrays [B, Sq], and of each key, arrays [B, Sk].
+Kernel = Callable[[Array, Array, Array, Any, Any], Array]
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "blocks")
 
 # From this many scores a head, a kernel pays; on a CPU, which is then kept waiting for memory, one head after another.
 _MANY_SCORES = 1024 * 1024
 _BLOCK = 256
-_LANES = 128
 _WIDEST_HEAD = 256
+_LARGEST_BIAS = 2**28
 
 
 def attention(
@@ -43,56 +46,75 @@ def attention(
     k: Array | Sequence[Array],
     v: Array | Sequence[Array],
     *,
-    mask: Array | None = None,
+    mask: Array | SegmentMask | None = None,
     impl: str = "auto",
 ) -> Array | tuple[Array, ...]:
     """Softmax attention at scale 1/sqrt(D), softmax in float32. The one door to attention kernels.
 
     q [B, Sq, H, D]; k, v [B, Sk, K, D] where K divides H (grouped heads); mask bool, broadcastable to
-    [B, 1 | H, Sq, Sk], True where a query may see a key. A query that may see nothing attends evenly.
+    [B, 1 | H, Sq, Sk], True where a query may see a key, or a `SegmentMask` of [B, Sq], [B, Sk]. A query that may see
+    nothing attends evenly, or, where the mask is by segment, brings 0.
     Returns [B, Sq, H, D] in q's dtype. q, or k and v, may also be tuples of pieces that follow one another along the
     length (text, then image): each piece stays split over the mesh as it is, which their concatenation would not; a
     tuple for q returns one.
-    impl: "auto" | "xla" | "cudnn" (NVIDIA, 16-bit only) | "splash" (TPU); the last two take masks by key,
-    [B, 1, 1, Sk]. Raises ValueError for another name or mask.
+    impl: "auto" | "xla" | "cudnn" (NVIDIA, 16-bit only) | "splash" (TPU) | "blocks" (masks by segment alone; their
+    memory grows with Sq + Sk); cuDNN and splash take masks by key, [B, 1, 1, Sk], and by segment, splash these with
+    spans (`segments.segment_mask(one_target=True)`). Raises ValueError for another name or mask.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention impl {impl!r}: use one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     pieces = tuple(_pieces(x) for x in (q, k, v))
     (batch, _, heads, depth), (_, _, kv_heads, _) = pieces[0][0].shape, pieces[1][0].shape
     length, keys = (sum(piece.shape[1] for piece in x) for x in pieces[:2])
-    by_key = mask is None or (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1)
-    if impl in ("cudnn", "splash") and not by_key:
-        raise ValueError(f"attention impl {impl!r}: takes masks by key [B, 1, 1, Sk], this one is {mask.shape}")
-    seen = None
-    if by_key and mask is not None:
-        seen = jnp.broadcast_to(mask[:, 0, 0], (batch, keys))
+    by_segment = isinstance(mask, SegmentMask)
+    by_key = not by_segment and (mask is None or (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1))
+    of_queries = of_keys = None
+    if by_segment:
+        of_queries, of_keys = (mask.queries, mask.span), (mask.keys, mask.order)
+    elif by_key and mask is not None:
+        of_keys = jnp.broadcast_to(mask[:, 0, 0], (batch, keys))
+    if impl in ("cudnn", "splash", "blocks"):
+        _check_mask(impl, mask, by_key, by_segment)
 
-    whole = partial(_joined, lambda q, k, v, seen: _whole_attention(q, k, v, mask))
+    whole = partial(_joined, lambda q, k, v, *_: _whole_attention(q, k, v, mask))
     split = {
-        "splash": partial(_on_mesh, _splash_attention),
-        "cudnn": partial(_on_mesh, _cudnn_attention),
+        "splash": partial(_on_mesh, splash_spans if by_segment else splash_attention),
+        "cudnn": partial(_on_mesh, _cudnn_masked if by_segment else _cudnn_attention),
+        "blocks": partial(_on_mesh, _blocks_attention),
     }
-    if impl == "xla" or (impl == "auto" and not (by_key and length * keys >= _MANY_SCORES)):
-        out = whole(*pieces, seen)
+    if impl == "xla" or (impl == "auto" and not ((by_key or by_segment) and length * keys >= _MANY_SCORES)):
+        out = whole(*pieces, of_queries, of_keys)
     elif impl in split:
-        out = split[impl](*pieces, seen)
+        out = split[impl](*pieces, of_queries, of_keys)
     else:
-        choices = {}
-        if heads == kv_heads:
-            choices["cpu"] = partial(_joined, _blocked_attention)
-        if depth <= _WIDEST_HEAD:
+        choices, otherwise = {}, whole
+        if by_segment:
+            choices["cpu"] = partial(_on_mesh, partial(_blocks_attention, one_head_at_a_time=True))
+            otherwise = split["blocks"]
+        elif heads == kv_heads:
+            choices["cpu"] = partial(_joined, lambda q, k, v, _, seen: _blocked_attention(q, k, v, seen))
+        if depth <= _WIDEST_HEAD and (by_key or mask.span is not None):
             choices["tpu"] = split["splash"]
-        if _cudnn_takes(*(piece[0] for piece in pieces)):
+        even = length % 2 == keys % 2 == 0  # cuDNN's condition for a bias
+        if _cudnn_takes(*(piece[0] for piece in pieces)) and (by_key or even and length * keys <= _LARGEST_BIAS):
             choices["cuda"] = split["cudnn"]
         # Under a mesh the platform is known already. The general way is right too, but a gradient through it keeps what
         # every branch, taken or not, would need: all scores, for one.
         platform = _mesh_platform()
         if platform is not None:
-            out = choices.get(platform, whole)(*pieces, seen)
+            out = choices.get(platform, otherwise)(*pieces, of_queries, of_keys)
         else:
-            out = jax.lax.platform_dependent(*pieces, seen, **choices, default=whole)
+            out = jax.lax.platform_dependent(*pieces, of_queries, of_keys, **choices, default=otherwise)
     return out if isinstance(q, (tuple, list)) else out[0]
+
+
+def _check_mask(impl: str, mask: Array | SegmentMask | None, by_key: bool, by_segment: bool) -> None:
+    if impl == "blocks" and not by_segment:
+        raise ValueError("attention impl 'blocks': takes masks by segment; give a SegmentMask, or another impl")
+    if not (by_key or by_segment):
+        raise ValueError(f"attention impl {impl!r}: takes masks by key [B, 1, 1, Sk], this one is {mask.shape}")
+    if impl == "splash" and by_segment and mask.span is None:
+        raise ValueError("attention impl 'splash': this SegmentMask has no spans; make it with one_target=True")
 
 
 def _pieces(x: Array | Sequence[Array]) -> tuple[Array, ...]:
@@ -107,16 +129,20 @@ def _mesh_platform() -> str | None:
 
 
 def _joined(
-    kernel: Kernel, q: Sequence[Array], k: Sequence[Array], v: Sequence[Array], seen: Array | None
+    kernel: Kernel, q: Sequence[Array], k: Sequence[Array], v: Sequence[Array], of_queries: Any, of_keys: Any
 ) -> tuple[Array, ...]:
     """`kernel` over the pieces joined along the length; its result cut like q."""
-    ends = np.cumsum([piece.shape[1] for piece in q])[:-1]
     join = lambda x: x[0] if len(x) == 1 else jnp.concatenate(x, axis=1)
-    return tuple(jnp.split(kernel(join(q), join(k), join(v), seen), ends, axis=1))
+    return _cut(kernel(join(q), join(k), join(v), of_queries, of_keys), q)
+
+
+def _cut(x: Array, like: Sequence[Array]) -> tuple[Array, ...]:
+    """x [B, S, …] in pieces as long as those."""
+    return tuple(jnp.split(x, np.cumsum([piece.shape[1] for piece in like])[:-1], axis=1))
 
 
 def _on_mesh(
-    kernel: Kernel, q: Sequence[Array], k: Sequence[Array], v: Sequence[Array], seen: Array | None
+    kernel: Kernel, q: Sequence[Array], k: Sequence[Array], v: Sequence[Array], of_queries: Any, of_keys: Any
 ) -> tuple[Array, ...]:
     """`kernel` on every device of the mesh in force: its rows, its heads and its queries, against all keys.
 
@@ -125,7 +151,7 @@ def _on_mesh(
     """
     mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
     if mesh.empty or mesh.size == 1 or any(kind == AxisType.Manual for kind in mesh.axis_types):
-        return _joined(kernel, q, k, v, seen)
+        return _joined(kernel, q, k, v, of_queries, of_keys)
     axes = nn.logical_to_mesh_axes(("batch", "length", "act_heads"), rules)
     rows, columns, heads = (() if a is None else (a,) if isinstance(a, str) else tuple(a) for a in axes)
     if k[0].shape[2] % math.prod(mesh.shape[axis] for axis in heads):
@@ -134,25 +160,31 @@ def _on_mesh(
     def place(piece: Array) -> PartitionSpec:
         return PartitionSpec(*fit_spec((rows, columns, heads, None), piece.shape, mesh.shape))
 
-    def local(q, k, v, seen):
-        return _joined(kernel, q, gather(k, specs[1]), gather(v, specs[2]), seen)
+    def local(q, k, v, of_queries, of_keys):
+        of_queries = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *of_queries)
+        return _joined(kernel, q, gather(k, specs[1]), gather(v, specs[2]), of_queries, of_keys)
 
     def gather(pieces: Sequence[Array], specs: Sequence[PartitionSpec]) -> tuple[Array, ...]:
         whole = lambda x, spec: jax.lax.all_gather(x, spec[1], axis=1, tiled=True) if spec[1] else x
         return tuple(whole(x, spec) for x, spec in zip(pieces, specs))
 
     specs = tuple(tuple(place(piece) for piece in x) for x in (q, k, v))
-    of_seen = None if seen is None else PartitionSpec(specs[0][0][0], None)
+    leaves, tree = jax.tree.flatten(of_queries)
+    of_pieces = tuple(tree.unflatten(part) for part in zip(*(_cut(x, q) for x in leaves))) or (of_queries,) * len(q)
+    of_specs = tuple(PartitionSpec(*spec[:2]) for spec in specs[0]), PartitionSpec(specs[0][0][0], None)
     # Kernels do not say over which mesh axes their results vary, so that cannot be checked.
-    run = jax.shard_map(local, in_specs=(*specs, of_seen), out_specs=specs[0], check_vma=False)
-    return run(q, k, v, seen)
+    run = jax.shard_map(local, in_specs=(*specs, *of_specs), out_specs=specs[0], check_vma=False)
+    return run(q, k, v, of_pieces, of_keys)
 
 
 # ----------------------------------------------------------------------------------------------------------------- XLA
 
 
-def _whole_attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+def _whole_attention(q: Array, k: Array, v: Array, mask: Array | SegmentMask | None) -> Array:
     """All scores at once."""
+    if isinstance(mask, SegmentMask):
+        mask = mask.dense()
+        return _seen_alone(_whole_attention(q, k, v, mask), mask)
     batch, length, heads, depth = q.shape
     kv_heads, keys = k.shape[2], k.shape[1]
     # Heads go outwards by hand: gradients of the [B, S, H, D] contraction are 1.3 times slower on a CPU. Queries that
@@ -197,80 +229,14 @@ def _blocked_attention(q: Array, k: Array, v: Array, seen: Array | None) -> Arra
     return checkpoint_name(out, CHECKPOINT_NAME)
 
 
-def _something_seen(q: Array, seen: Array) -> tuple[Array, Array]:
-    """For kernels that need a key for every query: where an item sees none, its queries are 0 and see all, evenly."""
-    some = jnp.any(seen, axis=1, keepdims=True)
-    return jnp.where(some[:, :, None, None], q, jnp.zeros((), q.dtype)), seen | ~some
+def _blocks_attention(q: Array, k: Array, v: Array, of_queries: Any, of_keys: Any, **options: bool) -> Array:
+    """`blockwise_attention` as a kernel."""
+    return blockwise_attention(q, k, v, of_queries[0], of_keys[0], **options)
 
 
-# ----------------------------------------------------------------------------------------------------------------- TPU
-
-
-def block_size(length: int, largest: int = 1024) -> int:
-    """The block, a multiple of 128, into which a kernel cuts `length`: little padding first, then large blocks.
-
-    A block of queries reads all keys once, so blocks below 512 wait for memory: lengths up to `largest` are one block.
-    """
-    if length <= largest:
-        return -(-length // _LANES) * _LANES
-    return min(range(largest // 2, largest + 1, _LANES), key=lambda block: (-(-length // block) * block, -block))
-
-
-def _splash_attention(q: Array, k: Array, v: Array, seen: Array | None, *, interpret: bool = False) -> Array:
-    """JAX's splash attention kernel: q [B, Sq, H, D], k, v [B, Sk, K, D], seen [B, Sk] -> [B, Sq, H, D].
-
-    Lengths are padded to blocks and heads to 128 features; padded and unseen keys form a segment that no query is in.
-    """
-    length, keys, depth = q.shape[1], k.shape[1], q.shape[-1]
-    block_q, block_kv = block_size(length), block_size(keys)
-    if seen is not None:
-        q, seen = _something_seen(q, seen)
-    elif keys % block_kv:
-        seen = jnp.ones((q.shape[0], keys), bool)
-
-    def padded(x: Array, block: int) -> Array:  # [B, S, H, D] -> [B, H, S', D']
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, -depth % _LANES)))
-        return x.swapaxes(1, 2)
-
-    # The kernel knows no scale.
-    q = (q.astype(jnp.float32) * np.float32(depth**-0.5)).astype(q.dtype)
-    q, k, v = padded(q, block_q), padded(k, block_kv), padded(v, block_kv)
-    kernel = _splash_kernel(q.shape[1], q.shape[2], k.shape[2], block_q, block_kv, interpret)
-    if seen is None:
-        out = jax.vmap(kernel)(q, k, v)
-    else:
-        seen = jnp.pad(seen, ((0, 0), (0, k.shape[2] - keys)))
-        segments = splash.SegmentIds(q=jnp.ones(q.shape[2], jnp.int32), kv=seen.astype(jnp.int32))
-        out = jax.vmap(kernel, in_axes=(0, 0, 0, splash.SegmentIds(None, 0)))(q, k, v, segments)
-    return out.swapaxes(1, 2)[:, :length, :, :depth]
-
-
-def _splash_kernel(
-    heads: int, length: int, keys: int, block_q: int, block_kv: int, interpret: bool
-) -> splash.SplashAttentionKernel:
-    blocks = splash.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_kv_compute=_half(block_kv),
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_kv_dkv_compute=_half(block_kv),
-        # One kernel for the three gradients: five matrix products where two kernels need seven.
-        use_fused_bwd_kernel=True,
-    )
-    return splash.make_splash_mha(
-        splash_mask.MultiHeadMask([splash_mask.FullMask((length, keys))] * heads),
-        block_sizes=blocks,
-        head_shards=1,
-        q_seq_shards=1,
-        residual_checkpoint_name=CHECKPOINT_NAME,
-        interpret=interpret,
-    )
-
-
-def _half(block: int) -> int:
-    """The part of a block that is computed at once, while the next part's scores are on their way."""
-    return block // 2 if block % (2 * _LANES) == 0 else block
+def _seen_alone(out: Array, mask: Array) -> Array:
+    """out [B, Sq, H, D], 0 where a query's mask [B, 1, Sq, Sk] is all False."""
+    return jnp.where(jnp.any(mask, axis=3).swapaxes(1, 2)[..., None], out, jnp.zeros((), out.dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------------- GPU
@@ -286,16 +252,23 @@ def _cudnn_takes(q: Array, k: Array, v: Array) -> bool:
     return True
 
 
-def _cudnn_attention(q: Array, k: Array, v: Array, seen: Array | None) -> Array:
-    """cuDNN's flash attention; arguments as in `_splash_attention`."""
+def _cudnn_attention(q: Array, k: Array, v: Array, of_queries: None, seen: Array | None) -> Array:
+    """cuDNN's flash attention; arguments as in `splash_attention`."""
     attend = partial(jax.nn.dot_product_attention, implementation="cudnn")
     if seen is None:
         out = attend(q, k, v)
     else:
-        q, seen = _something_seen(q, seen)
+        q, seen = something_seen(q, seen)
         k, v, lengths = seen_first(k, v, seen)
         out = attend(q, k, v, key_value_seq_lengths=lengths)
     return checkpoint_name(out, CHECKPOINT_NAME)
+
+
+def _cudnn_masked(q: Array, k: Array, v: Array, of_queries: Any, of_keys: Any) -> Array:
+    """The same under a mask by segment, which becomes an array."""
+    mask = attention_mask(of_queries[0], of_keys[0])
+    out = checkpoint_name(jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn"), CHECKPOINT_NAME)
+    return _seen_alone(out, mask)
 
 
 def seen_first(k: Array, v: Array, seen: Array) -> tuple[Array, Array, Array]:

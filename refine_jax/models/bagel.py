@@ -30,6 +30,7 @@ from refine_jax.models.layers import (
     timestep_embedding,
 )
 from refine_jax.models.qwen_vl import GatedMLP
+from refine_jax.models.segments import SegmentMask, Segments, attention_mask, join, segment, segment_mask
 from refine_jax.models.siglip import Siglip, SiglipConfig
 
 Array = jax.Array
@@ -136,76 +137,7 @@ class BagelConfig:
         return cls(**{**sizes, **overrides})
 
 
-# ------------------------------------------------------------------------------------------------------------- segments
-@struct.dataclass
-class Segments:
-    """What every token of a stream is in its sequence; arrays [B, S].
-
-    sample (int32): which of the sequences packed into a row, -1 for padding. segment (int32): which segment of its
-    sample, counted from 0; a text, or an image with its two marks, is a segment. index (int32): the order inside the
-    sample; it is looked at inside causal segments. position (int32): of the rotary embedding; all tokens of an image
-    share one. causal (bool): the segment is read from left to right (text), otherwise every token of it sees all of it.
-    noisy (bool): no other segment sees it (the target of the denoising).
-    """
-
-    sample: Array
-    segment: Array
-    index: Array
-    position: Array
-    causal: Array
-    noisy: Array
-
-
-def segment(
-    size: int,
-    *,
-    count: Any,
-    segment: Any,
-    position: Any,
-    sample: Any = 0,
-    index: Any = 0,
-    causal: bool = False,
-    noisy: bool = False,
-) -> Segments:
-    """One segment a row, `count` tokens that exist and padding up to `size`: arrays [B, size].
-
-    count, segment, position, sample, index: integers or [B] arrays, the last three of the first token. A causal segment
-    counts positions on, any other shares one.
-    """
-    values = [jnp.atleast_1d(jnp.asarray(x, jnp.int32)) for x in (count, segment, position, sample, index)]
-    rows = max(len(x) for x in values)
-    count, segment, position, sample, index = (jnp.broadcast_to(x, (rows,))[:, None] for x in values)
-    order = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (rows, size))
-    flag = lambda value: jnp.full((rows, size), value)
-    return Segments(
-        sample=jnp.where(order < count, sample, -1),
-        segment=jnp.broadcast_to(segment, (rows, size)),
-        index=index + order,
-        position=position + (order if causal else jnp.zeros_like(order)),
-        causal=flag(causal),
-        noisy=flag(noisy),
-    )
-
-
-def join(*parts: Segments | None) -> Segments:
-    """Segments one after the other along the length, as their tokens are; parts that are None are left out."""
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *(part for part in parts if part is not None))
-
-
-def attention_mask(q: Segments, k: Segments) -> Array:
-    """Whether a query may see a key: [B, Sq], [B, Sk] -> [B, 1, Sq, Sk] bool.
-
-    Within a sample: every token of an earlier segment that is not noisy, and of its own segment every token, or, where
-    that is causal, those up to itself. Padding sees nothing and is not seen.
-    """
-    rows = lambda x: x[:, None, :, None]
-    columns = lambda x: x[:, None, None, :]
-    same = (rows(q.sample) == columns(k.sample)) & (columns(k.sample) >= 0)
-    before = (columns(k.segment) < rows(q.segment)) & ~columns(k.noisy)
-    own = (columns(k.segment) == rows(q.segment)) & (~rows(q.causal) | (columns(k.index) <= rows(q.index)))
-    return same & (before | own)
-
-
+# ---------------------------------------------------------------------------------------------------------------- cache
 @struct.dataclass
 class Cache:
     """Keys (rotated) and values of tokens that were read: [layers, B, S, kv heads, head size], and what they are."""
@@ -340,7 +272,7 @@ class Layer(nn.Module):
         streams: Streams,
         cached: tuple[Array, Array] | None,
         turns: tuple[Any, Any],
-        mask: Array,
+        mask: Array | SegmentMask,
     ) -> tuple[Streams, tuple[Array, Array] | None]:
         """streams: und [B, T, hidden], gen [B, N, hidden], None where absent; cached: keys and values [B, S, kv heads,
         head size] or None; turns: cosines and sines of each stream; mask over [cached, und, gen] keys."""
@@ -366,7 +298,12 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: Streams, cached: tuple[Array, Array] | None, turns: tuple[Any, Any], mask: Array, keep: bool
+        self,
+        streams: Streams,
+        cached: tuple[Array, Array] | None,
+        turns: tuple[Any, Any],
+        mask: Array | SegmentMask,
+        keep: bool,
     ) -> tuple[Streams, tuple[Array, Array] | None]:
         """As `Layer`, with keys and values stacked over the layers on axis 0."""
         config = self.config
@@ -463,12 +400,14 @@ class Bagel(nn.Module):
         t: Array | None = None,
         latent_positions: Array | None = None,
         gen_segments: Segments | None = None,
+        one_target: bool = False,
     ) -> tuple[Array, Array | None]:
         """A whole (packed) sequence -> hidden states of the text [B, T, hidden], velocity [B, N, p·p·C] or None.
 
         ids [B, T] int32: texts and image marks. patches [B, K, P, patch dim], patch_positions [B, K, P] int32: K image
         slots a row; vit_segments [B, K·P], padding where there is no patch. latents [B, N, p·p·C], already noised, t
         [B] or [B, N], latent_positions [B, N] int32, gen_segments [B, N]. `logits` of the hidden states gives the text.
+        one_target: as in `decode`.
         """
         und, segments = self.text_embeddings(ids), text_segments
         if patches is not None:
@@ -477,7 +416,7 @@ class Bagel(nn.Module):
             und = jnp.concatenate([und, features.reshape(und.shape[0], -1, und.shape[2])], axis=1)
             segments = join(text_segments, vit_segments)
         gen = None if latents is None else self.latent_tokens(latents, t, latent_positions)
-        und, gen, _ = self.decode(und, segments, gen, gen_segments)
+        und, gen, _ = self.decode(und, segments, gen, gen_segments, one_target=one_target)
         if self.is_initializing():
             self.logits(und)
         return und[:, : ids.shape[1]], None if gen is None else self.velocity(gen)
@@ -517,6 +456,7 @@ class Bagel(nn.Module):
         keep: bool = False,
         at: Array | None = None,
         uniform: bool = False,
+        one_target: bool = False,
     ) -> tuple[Array | None, Array | None, Cache | None]:
         """und [B, T, hidden], gen [B, N, hidden] (one may be None) -> last hidden states of both, and the cache.
 
@@ -525,6 +465,8 @@ class Bagel(nn.Module):
         are in it but never seen. Otherwise the cache is returned as it was.
         uniform: says that all the tokens of a row are of one segment that is not causal (as in denoising behind a
         cached prefix). A mask by key is then enough, and attention's kernels take it.
+        one_target: says that no sample has more than one noisy segment, nor one that is causal (`segment_mask`). A
+        TPU's kernel then takes the mask, and long packed rows are fast.
         """
         streams = [None if x is None or x.shape[1] == 0 else x for x in (und, gen)]
         parts = [s for x, s in zip(streams, (und_segments, gen_segments)) if x is not None]
@@ -533,7 +475,10 @@ class Bagel(nn.Module):
         segments = join(*parts)
         cached = None if cache is None else (cache.key, cache.value)
         keys = segments if cache is None else join(cache.segments, segments)
-        mask = attention_mask(_first(segments) if uniform else segments, keys)
+        if uniform:
+            mask = attention_mask(_first(segments), keys)
+        else:
+            mask = segment_mask(segments, keys, one_target=one_target)
         turns = [
             None if x is None else rotary_angles(s.position[..., None], (self.config.head_dim,), self.config.rope_theta)
             for x, s in zip(streams, (und_segments, gen_segments))
