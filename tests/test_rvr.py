@@ -11,9 +11,11 @@ import records_toy
 import toy
 from PIL import Image
 
-from refine_jax import conditioning, flow, loading, objectives, prompts, regenerate
+from refine_jax import checkpoint, conditioning, flow, loading, objectives, prompts, regenerate
+from refine_jax.cli import main
 from refine_jax.data import loader, world
 from refine_jax.errors import RefineError
+from refine_jax.evaluate import small_world
 from refine_jax.model import ModelConfig, decode_latents, encode_images, encode_prompts, velocity
 from refine_jax.models.mmdit import image_positions, text_start
 from refine_jax.models.qwen_vl_config import merged_tokens
@@ -479,3 +481,55 @@ def test_adapters_of_two_kinds_do_not_mix(base, tmp_path):
         loading.load(base, adapters=[files["refine"], files["rvr"]])
     with pytest.raises(RefineError, match="broken.safetensors.*damaged"):
         loading.load(base, adapters=files["broken"])
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_the_small_world_is_scored(variables, tmp_path, capsys):
+    """Initial pictures and rounds, the same again from them, and as editing, where what is right is not touched."""
+    template = prompts.PromptTemplate("<|im_start|>{}<|im_end|>", "<|image_pad|>", 1)
+    model = dataclasses.replace(made("rvr", ModelConfig.byte_tokenizer()), prompt=template, steps=1, true_cfg_scale=1.0)
+    folder = tmp_path / "model"
+    checkpoint.save_model(folder, model.to_manifest(), variables)
+    model.byte_tokenizer(folder / "tokenizer")
+    command = ["evaluate", "--set", "world", "--model", str(folder), "--count", "3", "--batch", "2", "--quiet"]
+    assert main([*command, "--rounds", "1", "--output", str(tmp_path / "a")]) == 0
+    assert "| all | 3 |" in capsys.readouterr().out
+    with np.load(tmp_path / "a" / "pictures.npz") as file:
+        first, second = file["arr_0"], file["arr_1"]
+    assert first.shape == second.shape == (3, *SIZE, 3) and (first != second).any()
+    scored = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert set(scored["scores"]) == {"initial", "round 1"} and np.shape(scored["correct"]) == (2, 3)
+    samples = [world.sample(small_world.WORLD_SEED, k, "eval") for k in range(3)]
+    judged = [world.check(picture, sample["spec"]).correct for picture, sample in zip(second, samples)]
+    assert judged == scored["correct"][1]
+    with Image.open(tmp_path / "a" / "contact_sheet.png") as sheet:
+        assert sheet.width > 64
+    # Pictures that are right stay as they are when they are edited.
+    right = np.stack([sample["image"] for sample in samples[:2]] + [first[2]])
+    (tmp_path / "given").mkdir()
+    np.savez(tmp_path / "given" / "pictures.npz", right)
+    again = ["--rounds", "1", "--initial", str(tmp_path / "given"), "--editing", "--output", str(tmp_path / "b")]
+    assert main([*command, *again]) == 0
+    with np.load(tmp_path / "b" / "pictures.npz") as file:
+        np.testing.assert_array_equal(file["arr_1"][:2], right[:2])
+        assert (file["arr_1"][2] != right[2]).any()
+    capsys.readouterr()
+    assert main([*command, "--initial", str(tmp_path), "--output", str(tmp_path / "c")]) == 2
+    assert "no pictures.npz" in capsys.readouterr().err
+    assert main([*command[:-4], "4", "--initial", str(tmp_path / "given"), "--output", str(tmp_path / "c")]) == 2
+    assert "holds 3 pictures, 4 are wanted" in capsys.readouterr().err
+
+
+def test_an_editor_is_told_what_is_wrong():
+    pair = world.sample(5, 3, "train", 64, 1.0)
+    batch = next(loader.world_batches(5, 4, editing=True))
+    text = loader.decode_instruction(batch["instruction"][3])
+    assert text == world.edit_instruction(pair["prompt"], pair["language"], pair["wrong"]) != pair["prompt"]
+    assert text.endswith(pair["prompt"])
+    np.testing.assert_array_equal(batch["image"][3], pair["misaligned_image"])
+    assert world.edit_instruction("x", "en", ("colour", "count")) == "Correct the colour and number: x"
+    assert (
+        world.edit_instruction("x", "zh", ("text",)) == "修改文字：x" and world.edit_instruction("x", "en", ()) == "x"
+    )
