@@ -567,7 +567,10 @@ def free_port():
 
 @contextmanager
 def local(*args, **kwargs):
-    job = subprocess.Popen(["bash", LAUNCH / "local.sh", *args], stdout=subprocess.PIPE, text=True, **kwargs)
+    # A suite that a script runs in the background ignores SIGINT, and a shell cannot trap what was ignored before it.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = ["bash", LAUNCH / "local.sh", *args]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed, **kwargs)
     try:
         yield job
         job.wait(60)
