@@ -26,8 +26,10 @@ from refine_jax.models.segments import BROKEN, high_of, in_span, low_of
 Array = jax.Array
 
 _LANES = 128
-# The fused gradient kernel writes a part of dq for every block of keys: where there are more, two kernels.
+# The fused gradient kernel writes a part of dq for every block of keys, also of those that are skipped: where there are
+# more blocks, two kernels.
 _MOST_FUSED = 16
+_MOST_FUSED_SPANS = 8
 # The span of one key.
 _FIRST = 1 << 16
 
@@ -61,7 +63,7 @@ def splash_attention(
     elif keys % block_size(keys):
         seen = jnp.ones((q.shape[0], keys), bool)
     q, k, v = _for_splash(q, k, v)
-    kernel = _splash_kernel(q.shape[1], q.shape[2], k.shape[2], interpret)
+    kernel = _splash_kernel(q.shape[1], q.shape[2], k.shape[2], _MOST_FUSED, interpret)
     if seen is None:
         out = jax.vmap(kernel)(q, k, v)
     else:
@@ -82,11 +84,13 @@ def _for_splash(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     return padded((q.astype(jnp.float32) * np.float32(q.shape[-1] ** -0.5)).astype(q.dtype)), padded(k), padded(v)
 
 
-def _splash_kernel(heads: int, length: int, keys: int, interpret: bool) -> splash.SplashAttentionKernel:
+def _splash_kernel(
+    heads: int, length: int, keys: int, most_fused: int, interpret: bool
+) -> splash.SplashAttentionKernel:
     """The kernel for padded lengths, without a mask."""
     block_q, block_kv = block_size(length), block_size(keys)
     # One kernel for the three gradients: five matrix products where two kernels need seven.
-    fused = keys // block_kv <= _MOST_FUSED
+    fused = keys // block_kv <= most_fused
     blocks = splash.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
@@ -118,7 +122,7 @@ def splash_spans(q: Array, k: Array, v: Array, of_queries: Any, of_keys: Any, *,
     length, depth = q.shape[1], q.shape[-1]
     k, v = permuted(k, order), permuted(v, order)
     q, k, v = _for_splash(q, k, v)
-    kernel = _splash_kernel(q.shape[1], q.shape[2], k.shape[2], interpret)
+    kernel = _splash_kernel(q.shape[1], q.shape[2], k.shape[2], _MOST_FUSED_SPANS, interpret)
     # A query that sees nothing takes the first key, so that its softmax has something to divide by.
     nothing = high_of(span) == 0
     spans = jnp.where(nothing | (span == BROKEN), _FIRST, span)
