@@ -196,6 +196,7 @@ def linear(monkeypatch, numbers: Numbers) -> Numbers:
         checkpoint.save_model(folder, {}, params)
 
     monkeypatch.setattr(objectives, "make", lambda config: objectives.Objective(init, loss, lambda: numbers, export))
+    monkeypatch.setattr("refine_jax.train.make_program", make_program)  # no other objective's (`cache`)
     return numbers
 
 
@@ -401,11 +402,29 @@ def test_a_batch_that_the_mesh_does_not_divide(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Each `train` builds its own step: within this module a compiled one is compiled once."""
+    """Each `train` builds its own step: within this module what is alike is traced and compiled once."""
+    made = {}
+
+    def once(config, objective, mesh):
+        apart = ("pictures", "save_every", "log_every")  # the loop's, not the step's
+        key = "".join(line for line in flat(config).splitlines() if not line.startswith(apart))
+        if key not in made:
+            made[key] = make_program(config, objective, mesh)
+        return made[key]
+
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("refine_jax.train.make_program", once)
+        yield
     jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "base"
+    toy.write_model(folder)
+    return folder
 
 
 def interrupted(monkeypatch, config, workdir: Path, at: int) -> None:
@@ -480,11 +499,11 @@ def lora_config(model: Path) -> ml_collections.ConfigDict:
     return config
 
 
-def test_a_lora_is_trained_killed_resumed_and_exported(tmp_path, monkeypatch, cache):
-    toy.write_model(tmp_path / "base")
-    config = lora_config(tmp_path / "base")
-    config.pictures = dict(every=2, count=1)
-    folder = train(config, tmp_path / "straight", progress=False)
+def test_a_lora_is_trained_killed_resumed_and_exported(base, tmp_path, monkeypatch, cache):
+    config = lora_config(base)
+    drawing = lora_config(base)
+    drawing.pictures = dict(every=2, count=1)  # which changes nothing of the run
+    folder = train(drawing, tmp_path / "straight", progress=False)
     interrupted(monkeypatch, config, tmp_path / "killed", at=3)
     train(config, tmp_path / "killed", progress=False)
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
@@ -496,7 +515,7 @@ def test_a_lora_is_trained_killed_resumed_and_exported(tmp_path, monkeypatch, ca
     attention = state["params"]["lora"]["mmdit"]["blocks"]["attn"]
     assert set(attention) == {"to_q", "to_out"} and state["ema"] in ({}, None)
     # The file holds alpha / rank = 3 in b; the base model is not in the state.
-    refiner = Refiner.load(tmp_path / "base", lora=file)
+    refiner = Refiner.load(base, lora=file)
     np.testing.assert_array_equal(refiner.lora["mmdit"]["blocks"]["attn"]["to_q"]["b"], 3 * attention["to_q"]["b"])
     assert np.abs(attention["to_q"]["b"]).max() > 0
     shown = sorted(path.name for path in (tmp_path / "straight" / "pictures").iterdir())
@@ -505,11 +524,10 @@ def test_a_lora_is_trained_killed_resumed_and_exported(tmp_path, monkeypatch, ca
         assert picture.size[0] > 3 * 128
 
 
-def test_a_lora_is_trained_on_records(tmp_path, cache):
-    toy.write_model(tmp_path / "base")
+def test_a_lora_is_trained_on_records(base, tmp_path, cache):
     command = ["data", "synth", "--output", str(tmp_path / "data"), "--count", "6", "--size", "256,256"]
     assert cli.main(command) == 0
-    config = lora_config(tmp_path / "base")
+    config = lora_config(base)
     config.steps, config.save_every = 2, 2
     config.pictures = dict(every=2, count=2)
     config.data = dict(source="records", path=str(tmp_path / "data"), buckets=((32, 96),), text_length=112, workers=0)
@@ -535,9 +553,8 @@ def test_a_lora_is_trained_on_records(tmp_path, cache):
         (dict(init_from="/nowhere"), ("/nowhere", "no such model")),
     ],
 )
-def test_bad_loras(tmp_path, changes, words):
-    toy.write_model(tmp_path / "base")
-    config = lora_config(tmp_path / "base")
+def test_bad_loras(base, tmp_path, changes, words):
+    config = lora_config(base)
     config.update(changes)
     with pytest.raises(RefineError) as error:
         train(config, tmp_path / "run", progress=False)
@@ -545,11 +562,10 @@ def test_bad_loras(tmp_path, changes, words):
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
-def test_a_known_chip_gives_mfu(tmp_path, monkeypatch, cache):
+def test_a_known_chip_gives_mfu(base, tmp_path, monkeypatch, cache):
     """The share of the chip's peak that the needed operations took."""
-    toy.write_model(tmp_path / "base")
-    config = lora_config(tmp_path / "base")
-    config.steps, config.save_every, config.log_every = 2, 2, 2
+    config = lora_config(base)
+    config.save_every, config.log_every = 4, 4
     monkeypatch.setattr(flops, "chip", lambda device: flops.Chip("some", 1e9, 1.0, 1.0, 1.0))
     train(config, tmp_path / "run", progress=False)
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
@@ -558,19 +574,18 @@ def test_a_known_chip_gives_mfu(tmp_path, monkeypatch, cache):
     np.testing.assert_allclose(line["mfu"], needed * line["images_per_second"] / config.batch_size / 1e9, rtol=1e-3)
 
 
-def test_a_whole_model_is_trained_further(tmp_path, cache):
-    toy.write_model(tmp_path / "base")
-    config = lora_config(tmp_path / "base")
+def test_a_whole_model_is_trained_further(base, tmp_path, cache):
+    config = lora_config(base)
     config.lora, config.steps, config.save_every = None, 1, 1
     config.optimizer.learning_rate = 0.0
     folder = train(config, tmp_path / "run", progress=False)
-    before, after = (checkpoint.load_weights(f, toy.model_config().abstract()) for f in (tmp_path / "base", folder))
+    before, after = (checkpoint.load_weights(f, toy.model_config().abstract()) for f in (base, folder))
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-def test_a_frozen_encoder_comes_from_the_vaes_folder(tmp_path):
-    model = toy.write_model(tmp_path / "model")
-    config = toy.refine_config(tmp_path / "model")
+def test_a_frozen_encoder_comes_from_the_vaes_folder(base):
+    model = toy.model_config()
+    config = toy.refine_config(base)
     config.train_encoder = False
     objective = objectives.make(config)
     assert set(objective.frozen) == {"vae", "vl"}
