@@ -3,7 +3,8 @@
     refine-jax train --config configs/bagel_rvr_lora_v6e_16.py --workdir runs/rvr_lora --config.init_from=BAGEL-7B-MoT
 
 The released recipe but for what is trained: queries, keys, values, output and the feed-forward layers of every decoder
-layer, without understanding data, since what it keeps fit is frozen. The file works with `Regenerator.load(…, lora=…)`.
+layer, without understanding data: answers are the base model's without the adapter. The file works with
+`Regenerator.load(…, lora=…)`.
 """
 
 import ml_collections

@@ -8,7 +8,8 @@ answers of understanding data, in rows packed to a budget of tokens. The arithme
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax.linen import meta
+from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from refine_jax import bagel, checkpoint, flow, loading, parallel
 from refine_jax.bagel import BagelModel
@@ -172,6 +175,7 @@ def row_losses(
         t,
         jnp.broadcast_to(places, t.shape),
         picture_segments(batch, "painted", tokens),
+        one_target=True,
     )
     error = jnp.mean(jnp.square(velocity - (noise - clean)), axis=-1)
     mse = jnp.sum(jnp.where(scored, error, 0.0)) / jnp.maximum(jnp.sum(scored), 1)
@@ -208,7 +212,9 @@ def _cross_entropy(
     following = jnp.roll(batch["text_ids"], -1, axis=1)
     scored = batch["text_scored"]
     rows, length = scored.shape
-    part = math.gcd(length, _LOGITS)
+    part = min(length, _LOGITS)
+    spare = -length % part
+    padded = lambda x: jnp.pad(x, [(0, 0), (0, spare)] + [(0, 0)] * (x.ndim - 2))
 
     @jax.checkpoint
     def step(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
@@ -218,7 +224,7 @@ def _cross_entropy(
         lost = jax.nn.logsumexp(logits, axis=-1) - chosen
         return total + jnp.sum(jnp.where(scored, lost, 0.0)), None
 
-    cut = lambda x: jnp.moveaxis(x.reshape(rows, length // part, part, *x.shape[2:]), 1, 0)
+    cut = lambda x: jnp.moveaxis(padded(x).reshape(rows, -1, part, *x.shape[2:]), 1, 0)
     total, _ = jax.lax.scan(step, jnp.zeros(()), tuple(map(cut, (hidden, following, scored))))
     return total / jnp.maximum(jnp.sum(scored), 1)
 
@@ -248,19 +254,36 @@ def _batches(
     wording = sequences.Wording(bagel.SYSTEM_TRAINING, model.prompt, model.conditioning == "rvr_vae")
     encode = functools.partial(bagel.text_ids, tokenizer)
     marks = bagel.Marks.of(tokenizer)
-    alone = jax.process_index() == 0
-    named = {name: settings.to_dict() for name, settings in data.sources.items() if settings.get("weight", 1.0)}
-    if not named:
+    named = {name: settings.to_dict() for name, settings in data.sources.items()}
+    weights = {name: float(settings.get("weight", 1.0)) for name, settings in named.items()}
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise RefineError(f"data.sources.{name}.weight {weight}: give a number of at least 0; 0 leaves it out")
+    names = [name for name, weight in weights.items() if weight]
+    if not names:
         raise RefineError("data.sources: none with a weight above 0; give one")
-    sources = tuple(sequences.open_source(name, settings, wording, alone) for name, settings in named.items())
+    speaks = jax.process_index() == 0
+    sources = tuple(sequences.open_source(name, named[name], wording, speaks) for name in names)
+    # The texts around the prompts come again and again.
+    tokens = functools.lru_cache(maxsize=64)(lambda text: len(encode(text)))
+    indices = [source.index(tokens) for source in sources]
+    digest = packing.digest(indices)
+    _check_same(digest, names)
     plan = packing.Packing(
-        [source.index(lambda text: len(encode(text))) for source in sources],
-        [float(settings.get("weight", 1.0)) for settings in named.values()],
+        indices,
+        [weights[name] for name in names],
         config.batch_size,
         buckets,
         data.text_length,
         config.seed,
+        model.painted_size,
     )
+    for name, source, left in zip(names, sources, plan.left_out):
+        if speaks and (unusable := getattr(source, "corrupt", [])):
+            tqdm.write(f"data.sources.{name}: {len(unusable)} samples left out, {unusable[0]}", file=sys.stderr)
+        if speaks and left:
+            room = f"{buckets[0].pictures} pictures or {data.text_length} tokens of text"
+            tqdm.write(f"data.sources.{name}: {left} samples left out, longer than {room}", file=sys.stderr)
     make = packing.Rows(
         plan,
         sources,
@@ -271,7 +294,20 @@ def _batches(
         config.seed,
     )
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count(), workers=data.workers)
-    return packing.PackedBatches(make, config.batch_size, data.get("max_corrupt", 0.01), **hosts)
+    return packing.PackedBatches(make, config.batch_size, data.get("max_corrupt", 0.01), digest, **hosts)
+
+
+def _check_same(digest: str, names: Sequence[str]) -> None:
+    """Raises `RefineError` where another host found other samples: it would come to another plan."""
+    if jax.process_count() == 1:
+        return
+    every = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
+    other = [k for k, row in enumerate(every) if bytes(row).hex() != digest]
+    if other:
+        raise RefineError(
+            f"data.sources ({', '.join(names)}): process {other[0]} found other samples than process "
+            f"{jax.process_index()}; give all hosts the same files, all of them readable"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ the start

@@ -260,8 +260,8 @@ def _regenerate(args: argparse.Namespace) -> None:
 
     image, prompt, spec, compare = None, args.prompt, None, None
     if args.command == "regenerate":
-        if bool(args.image) != bool(args.prompt):
-            missing = "--prompt" if args.image else "--image"
+        if (args.image is None) != (args.prompt is None):
+            missing = "--prompt" if args.prompt is None else "--image"
             raise RefineError(f"regenerate: {missing} missing; give both of --image, --prompt, or none")
         image, compare = args.image, args.compare
         if image is None:

@@ -135,6 +135,16 @@ def _upright(image: Image.Image) -> Image.Image:
         return image.copy()
 
 
+def _turned(image: Image.Image) -> bool:
+    """Whether EXIF data exchange width and height; of a PNG without such data Pillow would decode all to find some."""
+    if "exif" not in image.info and image.format == "PNG":
+        return False
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception:  # as in `_upright`
+        return False
+
+
 def _check_size(image: Image.Image, name: str) -> None:
     """Refuse, from the header alone, what would not fit in memory."""
     width, height = image.size
@@ -214,10 +224,10 @@ def picture_size(path: str | os.PathLike) -> tuple[int, int]:
     name = f"image {os.fspath(path)!r}"
 
     def read() -> tuple[int, int]:
-        with Image.open(path) as image:
+        Image.init()
+        with Image.open(path, formats=[kind for kind in READABLE if kind in Image.OPEN]) as image:
             _check_size(image, name)
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size[::-1] if turned else image.size
+            return image.size[::-1] if _turned(image) else image.size
 
     return _decoded(read, name)
 

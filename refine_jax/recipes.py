@@ -74,9 +74,12 @@ def _changed(config: ml_collections.ConfigDict, changes: dict[str, object]) -> m
 
 
 # How often a sample of a task is drawn in RvR's training, and (height, width) of what is painted there: sides from 512
-# to 1024.
+# to 1024, a picture goes to the nearest.
 RVR_MIX = dict(rvr=2.0, understanding=1.0, text_to_image=1.0)
-RVR_BUCKETS = ((1024, 1024), (768, 1024), (1024, 768), (576, 1024), (1024, 576), (512, 1024), (1024, 512))
+RVR_BUCKETS = (
+    (1024, 1024), (768, 1024), (1024, 768), (576, 1024), (1024, 576), (512, 1024), (1024, 512),
+    (768, 768), (512, 512), (512, 704), (704, 512),
+)  # fmt: skip
 
 
 def bagel_rvr(topology: str, mesh: dict[str, int], **changes: object) -> ml_collections.ConfigDict:
@@ -107,7 +110,8 @@ def bagel_rvr(topology: str, mesh: dict[str, int], **changes: object) -> ml_coll
     config.mse_weight = 1.0
     config.ce_weight = 0.25
     config.sigma = dict(distribution="logit_normal", shift=4.0)
-    source = dict(root="", max_corrupt=0.01)
+    # As the released data lie in one folder: paths in the tables start from it.
+    source = dict(root="data", max_corrupt=0.01)
     config.data = dict(
         sources=dict(
             rvr=dict(format="parquet", task="rvr", path="data/rvr/data", weight=RVR_MIX["rvr"], **source),
@@ -116,7 +120,8 @@ def bagel_rvr(topology: str, mesh: dict[str, int], **changes: object) -> ml_coll
                 task="understanding",
                 path="data/vlm/llava_ov_si.jsonl",
                 weight=RVR_MIX["understanding"],
-                **source,
+                root="data/vlm/images",
+                max_corrupt=0.01,
             ),
             text_to_image=dict(
                 format="parquet",

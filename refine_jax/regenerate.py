@@ -186,11 +186,11 @@ def answer_program(
     """What the model says after a picture and a question: ids `[B, length] int32`, filled with the end's behind it.
 
     inputs: prompt (`bagel.Prompt`, B rows), key; where `seen`, the size at which the tower looks, also pictures `[B, H,
-    W, 3] uint8` and box `[B, 4] int32` as in `mmdit_program`.
+    W, 3] uint8`, of the size of their painting.
     """
     pixels = None
     if seen is not None:
-        pixels = jax.vmap(lambda p, b: bagel.painted(p, b, seen))(inputs["pictures"], inputs["box"])
+        pixels = jax.vmap(lambda p: bagel.painted(p, None, seen))(inputs["pictures"].astype(jnp.float32))
     prompt = inputs["prompt"]
     context = bagel.read_prefix(model, variables, lora, marks, None, pixels, prompt, drop_text=False, drop_image=False)
     return generate_text(
@@ -403,9 +403,9 @@ class Regenerator:
         }
         seen = None
         if picture is not None:
-            width, height = picture.size
-            seen = self.model.seen_size(self.model.painted_size((height, width)))
-            inputs["pictures"], inputs["box"] = _canvases([picture])
+            size = self.model.painted_size(picture.size[::-1])
+            seen = self.model.seen_size(size)
+            inputs["pictures"] = _fit(*_canvases([picture]), size)
         marks = bagel.Marks.of(self.tokenizer)
         with self._placed():
             said = answer_program(

@@ -169,7 +169,7 @@ BAD = {
     ),
     "train without vae": (
         ["train", "--config", toy.CONFIGS / "tiny.py", "--workdir", "run", "--config.vae_from=nowhere"],
-        ("nowhere", "refine_jax.json"),
+        ("nowhere", "no such model"),
     ),
     "evaluate nothing": (["evaluate", "--model", "huge", "--output", "scores"], ("'huge'",)),
 }

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from refine_jax import bagel, bagel_objective, loading, objectives
+from refine_jax import bagel, bagel_objective, loading, objectives, recipes
 from refine_jax.bagel import BagelModel
 from refine_jax.data import packing, sequences, world
 from refine_jax.data.packing import Bucket, Packing
 from refine_jax.data.sequences import Painted, Seen, Text
 from refine_jax.errors import RefineError
+from refine_jax.model import ModelConfig
 from refine_jax.models.flux_vae import FluxVAEConfig
 from refine_jax.regenerate import Regenerator
 from refine_jax.train import train
@@ -160,48 +162,67 @@ def indices(draw):
 @given(indices(), st.integers(0, 99), st.integers(1, 4))
 def test_rows_hold_what_fits_and_nothing_is_lost(found, seed, batch_size):
     weights = [2.0, 1.0, 1.0][: len(found)]
-    make = lambda: Packing(found, weights, batch_size, BUCKETS, 50, seed)
-    plan, other = make(), pickle.loads(pickle.dumps(make()))
-    assert plan.left_out == sum(int((index[:, 2] > 50).sum()) for index in found)
-    drawn = [[] for _ in found]
-    steps = 40
-    # Positions are independent of what was asked before.
-    backwards = [other.rows(step) for step in reversed(range(steps))][::-1]
+    plan = Packing(found, weights, batch_size, BUCKETS, 50, seed)
+    other = pickle.loads(pickle.dumps(plan))
+    assert plan.left_out == [int((index[:, 2] > 50).sum()) for index in found]
+    steps = 60
+    # A position does not depend on what was asked before.
+    late = other.rows(steps - 1)
+    counts = [np.zeros(len(index), int) for index in found]
     for step in range(steps):
         bucket, rows = plan.rows(step)
-        assert (bucket, rows) == backwards[step] and len(rows) == batch_size
+        assert len(rows) == batch_size and other.rows(step) == (bucket, rows)
         for row in rows:
             need = sum((found[source][number][:3] for source, number in row), np.zeros(3))
             assert (need <= [bucket.pictures, bucket.pictures, 50]).all()
             for source, number in row:
-                drawn[source].append(number)
-                width, height = found[source][number][3:]
-                if width and bucket is not BUCKETS[0]:
-                    assert width / height > np.sqrt(2)
-    assert all((np.bincount(numbers).max() <= 1 + len(numbers)) for numbers in drawn if numbers)
+                counts[source][number] += 1
+                size = found[source][number][3:]
+                if size.all():
+                    distances = [np.abs(np.log(size / b.painted[::-1])).sum() for b in BUCKETS]
+                    assert bucket == BUCKETS[np.argmin(distances)]
+    assert plan.rows(steps - 1) == late
+    waiting = 2 * (50 + 4 * batch_size * 4)
+    for index, drawn in zip(found, counts):
+        usable = drawn[index[:, 2] <= 50]
+        # Each pass has every sample once; some of it is still being filled in.
+        assert not drawn[index[:, 2] > 50].any() and usable.max() * len(usable) - usable.sum() <= len(usable) + waiting
 
 
 def test_the_mix_and_the_passes():
-    """Sources are drawn by weight; each is passed through once before it begins again; rows are well filled."""
+    """Sources are drawn by weight; each is passed through once before it begins again; rows are well filled; a bucket
+    that few samples are for comes too."""
     rng = np.random.default_rng(0)
     sizes = np.tile([64, 64], (300, 1))
+    sizes[:9] = [64, 32]
     pairs = np.column_stack([np.ones((300, 2), int), rng.integers(20, 60, 300), sizes])
-    alone = np.column_stack([np.zeros(80, int), np.ones(80, int), rng.integers(5, 20, 80), sizes[:80]])
-    plan = Packing([pairs, alone], [2.0, 1.0], 2, [Bucket((64, 64), (56, 56), 4)], 400, 1)
-    batches = plan.pack(0)
+    alone = np.column_stack([np.zeros(80, int), np.ones(80, int), rng.integers(5, 20, 80), np.full((80, 2), 64)])
+    buckets = [Bucket((64, 64), (56, 56), 4), Bucket((32, 64), (28, 56), 4)]
+    plan = Packing([pairs, alone], [2.0, 1.0], 2, buckets, 400, 1)
+    batches = [plan.rows(step) for step in range(400)]
     samples = [sample for _, rows in batches for row in rows for sample in row]
     counts = np.bincount([source for source, _ in samples])
-    assert 1.8 < counts[0] / counts[1] < 2.2
-    first = [number for source, number in samples if source == 0]
-    assert sorted(first) == list(range(300))
-    filled = [len(row) for _, rows in batches for row in rows]
-    assert np.mean(filled[:-4]) >= 3.9
-    again = plan.pack(1)
-    assert again != batches and plan.rows(len(batches))[1] == again[0][1]
-    few = Packing([pairs[:5]], [1.0], 64, [Bucket((64, 64), (56, 56), 4)], 400, 1)
-    assert sorted(number for row in few.rows(7)[1] for _, number in row) == list(range(5))
-    with pytest.raises(RefineError, match="no sample of a source fits"):
-        Packing([pairs], [1.0], 1, [Bucket((64, 64), (56, 56), 4)], 10, 1)
+    assert 1.9 < counts[0] / counts[1] < 2.1
+    drawn = np.bincount([number for source, number in samples if source == 0], minlength=300)
+    assert drawn.max() - drawn[9:].min() <= 2 and drawn[:9].min() >= drawn.max() / 2
+    assert np.mean([len(row) for _, rows in batches for row in rows]) >= 3.9
+    assert {bucket for bucket, _ in batches} == set(buckets)
+    few = Packing([pairs[9:14]], [1.0], 64, buckets[:1], 400, 1)
+    assert {number for row in few.rows(7)[1] for _, number in row} == set(range(5))
+    with pytest.raises(RefineError, match="no sample of source 0 fits"):
+        Packing([pairs], [1.0], 1, buckets[:1], 10, 1)
+    with pytest.raises(RefineError, match="stands there twice"):
+        Packing([pairs], [1.0], 1, buckets[:1] * 2, 400, 1)
+
+
+def test_pictures_go_to_the_size_that_they_would_be_painted_at():
+    """A small picture is enlarged to the shortest side and no further."""
+    model = BagelModel()
+    buckets = [Bucket(size, model.seen_size(size), 1) for size in recipes.RVR_BUCKETS]
+    sizes = [(300, 300), (1024, 1024), (4000, 3000), (1280, 720), (640, 480), (500, 2000)]
+    index = [np.array([[1, 1, 10, *size]]) for size in sizes]
+    found = [Packing([one], [1.0], 1, buckets, 100, 0, model.painted_size).rows(0)[0].painted for one in index]
+    assert found == [(512, 512), (1024, 1024), (768, 1024), (576, 1024), (512, 704), (1024, 512)]
 
 
 # -------------------------------------------------------------------------------------------------------------- sources
@@ -278,8 +299,8 @@ def test_the_released_formats(released):
 
 def test_what_cannot_be_used_is_named(released, tmp_path):
     cases = [
-        (dict(name="three.parquet", task="rvr"), "row 0: 3 pictures"),
-        (dict(name="gone.parquet", task="rvr"), "gone.parquet row 0.*nowhere.png.*give the folder"),
+        (dict(name="three.parquet", task="rvr"), "three.parquet row 0: 3 pictures"),
+        (dict(name="gone.parquet", task="rvr"), "gone.parquet row 0.*nowhere.png.*set root"),
         (dict(name="other.parquet", task="rvr"), "has columns prompt"),
         (dict(name="nothing", task="rvr"), "no .parquet file"),
         (dict(name="rvr.parquet", task="understanding"), r"task 'understanding': of parquet choose"),
@@ -290,8 +311,15 @@ def test_what_cannot_be_used_is_named(released, tmp_path):
     for arguments, message in cases:
         with pytest.raises(RefineError, match=message):
             opened(released, **arguments)
+    tokenizer = ModelConfig.byte_tokenizer()
+    length = lambda text: len(bagel.text_ids(tokenizer, text))
+    good = '{"conversations": [{"from": "gpt", "value": "a\u2028b"}]}\n'
+    marked = '{"conversations": [{"from": "gpt", "value": "say <|im_end|>"}]}\n'
     lines = {
         "{": "line 1",
+        '{"conversations": [{"from": "gpt", "value": 5}]}': "no text: 5",
+        '{"image": [{"path": 1}], "conversations": []}': "are to be paths",
+        '{"image": null, "conversations": [{"from": "human", "value": "<image>"}]}': "1 times <image> for 0",
         '{"conversations": []}': "to learn from",
         '{"video": "x", "conversations": []}': "a video",
         '{"image": "0.png", "conversations": [{"from": "gpt", "value": "x"}]}': "0 times <image> for 1",
@@ -301,6 +329,12 @@ def test_what_cannot_be_used_is_named(released, tmp_path):
         (tmp_path / "bad.jsonl").write_text(line)
         with pytest.raises(RefineError, match=message):
             opened(tmp_path, "bad.jsonl", "understanding", "jsonl")
+        # Among enough good ones it is left out and named.
+        (tmp_path / "bad.jsonl").write_text(line + "\n" + marked + good * 300)
+        source = opened(tmp_path, "bad.jsonl", "understanding", "jsonl")
+        index = source.index(length)
+        assert len(source) == len(index) == 300 and len(source.corrupt) == 2
+        assert re.search(message, source.corrupt[0]) and "line 2" in source.corrupt[1]
 
 
 def test_our_records_and_the_small_world(tmp_path):
@@ -336,8 +370,9 @@ def configuration(**changes):
     return config
 
 
-def test_batches_resume_and_are_shared_by_hosts():
-    objective = objectives.make(configuration())
+def test_batches_resume_and_are_shared_by_hosts(monkeypatch, capsys):
+    config = configuration()
+    objective = objectives.make(config)
     batches = objective.batches()
     found = [next(batches) for _ in range(3)]
     shapes = objective.batch_shapes()[0]
@@ -352,6 +387,19 @@ def test_batches_resume_and_are_shared_by_hosts():
     present = [x["text_sample"].max(axis=1) for x in found]
     assert min(map(min, present)) >= 1  # several samples in every row
     assert any(x["text_scored"].any() for x in found) and all(x["painted_noisy"].any() for x in found)
+    # Two hosts have its halves.
+    for host in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(bagel_objective, "_check_same", lambda *_: None)
+        half = objectives.make(config).batches()
+        for whole in found:
+            for name, value in next(half).items():
+                np.testing.assert_array_equal(value, whole[name][host : host + 1])
+        half.close()
+    # Others than before: said, and gone on with.
+    again.set_state({"step": 1, "data": "other"})
+    assert "the samples are others than before" in capsys.readouterr().err
     for iterator in (batches, again):
         iterator.close()
 
@@ -361,18 +409,28 @@ def test_pictures_that_cannot_be_read_are_counted(released, tmp_path):
     source = opened(released, "rvr.parquet", "rvr")
 
     class Broken:
+        def __len__(self):
+            return 8
+
         def sample(self, number):
             if number % 2:
-                raise RefineError("damaged")
-            return source.sample(number // 2)
+                raise RefineError(f"number {number} is damaged")
+            items, pictures = source.sample(number // 2)
+            return (*items, Text("spelled" if number == 6 else "fine")), pictures
 
-    make = packing.Rows(plan, (Broken(),), encode, (1, 2), 200, 0.0, 0)
-    batches = packing.PackedBatches(make, 2, 0.6)
+    def picky(text):
+        if text == "spelled":
+            raise RefineError("a mark")
+        return encode(text)
+
+    make = packing.Rows(plan, (Broken(),), picky, (1, 2), 200, 0.0, 0)
+    batches = packing.PackedBatches(make, 2, 0.9, "x")
     for _ in range(30):
         batch = next(batches)
-    assert batches.corrupt > 20 and "skipped" not in batch
-    strict = packing.PackedBatches(make, 2, 0.1)
-    with pytest.raises(RefineError, match="could not be read, data.max_corrupt"):
+        assert (batch["text_sample"] < 2).all()
+    assert batches.corrupt == 5 and "skipped" not in batch
+    strict = packing.PackedBatches(make, 2, 0.1, "x")
+    with pytest.raises(RefineError, match="could not be read, data.max_corrupt allows 0.8.*number . is damaged"):
         for _ in range(60):
             next(strict)
 

@@ -275,7 +275,7 @@ def test_an_answer_is_what_training_would_predict(shown):
     question = encode("what is it?")
     inputs = dict(prompt=Prompt(question[None], np.array([len(question)], np.int32)), key=jax.random.key(0))
     if shown:
-        inputs |= dict(pictures=image[None], box=np.array([[0, 0, 90, 60]], np.int32))
+        inputs["pictures"] = np.asarray(bagel.painted(image, None, regenerator.model.painted_size((60, 90))))[None]
     program = functools.partial(regenerate.answer_program, model=regenerator.model, marks=marks, temperature=0.0)
     found = program(regenerator.variables, {}, inputs, seen=seen if shown else None, length=8)
     ids = np.asarray(found)[0, :5].tolist()
@@ -283,7 +283,8 @@ def test_an_answer_is_what_training_would_predict(shown):
     row = packing.Row(40, packing.Bucket((16, 16), seen, 1))
     answer = np.array([marks.text_start, *ids, marks.text_end], np.int32)
     items = [Seen(0)] * shown + [Text("what is it?"), Text("x", scored=True)]
-    picture = np.asarray(bagel.painted(image, None, seen)).astype(np.uint8)
+    larger = bagel.painted(image, None, regenerator.model.painted_size((60, 90)))
+    picture = np.asarray(bagel.painted(larger, None, seen)).astype(np.uint8)
     row.add(0, items, [picture], lambda t: answer if t == "x" else encode(t), (marks.image_start, marks.image_end))
     batch = {name: jnp.asarray(value)[None] for name, value in row.arrays().items()}
     segments = Segments(**{name: batch[f"text_{name}"] for name in (*packing.PLACES, "causal", "noisy")})

@@ -6,15 +6,16 @@ picture and a few for a token of text, so shapes depend on the bucket alone. The
 indices, the settings and the seed: every host and worker process comes to the same one, and a position in it is a step.
 """
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from refine_jax.data import loader
-from refine_jax.data.plan import nearest
 from refine_jax.data.sequences import Item, Painted, Seen, Source, Text, fitted
 from refine_jax.errors import RefineError
 
@@ -23,6 +24,8 @@ Size = tuple[int, int]  # (height, width)
 # A sample that fits nowhere waits, and others are tried: so many, then the batch is closed.
 _WAITING = 50
 _PERIOD = 1000  # draws after which the mix repeats
+_KEPT = 64  # batches of the plan that are remembered
+_NAMED = 8  # samples of a row that can be named as unreadable
 
 
 class Bucket(NamedTuple):
@@ -34,16 +37,18 @@ class Bucket(NamedTuple):
 
 
 class Packing:
-    """Which samples make which rows.
+    """Which samples make which rows: an endless stream of batches, known from the indices, the settings and the seed.
 
     Args:
       indices: a source's index (`sequences.Source.index`) each, in a fixed order; weights: how often a sample is drawn
         from it, in proportion.
       batch_size: rows of a global batch; text: tokens of a row's text stream.
+      fit: (height, width) of a picture -> of its painting (`BagelModel.painted_size`).
 
-    A source is passed through in an order of its own, again and again; an epoch ends when the largest, by its weight,
-    has been passed once. A sample goes to the bucket of the nearest aspect (one without pictures to the first). Samples
-    too long for a row are never drawn: `left_out` counts them. Raises `RefineError` where nothing of a source fits.
+    A source is passed through in an order of its own, again and again. A sample goes to the bucket that is nearest to
+    its painting in width and height (one without pictures to the first), and waits there until a batch is full: nothing
+    that fits is lost. `left_out[k]` counts the samples of source k that are too long for a row. Raises `RefineError`
+    where that is all of them, or a bucket stands there twice.
     """
 
     def __init__(
@@ -54,84 +59,76 @@ class Packing:
         buckets: Sequence[Bucket],
         text: int,
         seed: int,
+        fit: Callable[[Size], Size] = lambda size: size,
     ):
         self.buckets, self._batch, self._text, self._seed = tuple(buckets), batch_size, text, seed
-        self._needs, self._bucket, self._usable = [], [], []
-        self.left_out = 0
-        for index in indices:
-            width, height = np.maximum(index[:, 3:5], 1).T
-            bucket = nearest(width / height, [b.painted for b in buckets])
-            bucket = np.where(index[:, 3] > 0, bucket, 0)
+        twice = [bucket.painted for bucket in buckets if [b.painted for b in buckets].count(bucket.painted) > 1]
+        if twice:
+            raise RefineError(f"data.buckets: {twice[0]} stands there twice; take one out")
+        sides = np.log([bucket.painted for bucket in buckets])
+        self._needs, self._bucket, self._usable, self.left_out = [], [], [], []
+        for number, index in enumerate(indices):
+            sizes, which = np.unique(index[:, [4, 3]], axis=0, return_inverse=True)
+            painted = np.log([fit(tuple(map(int, size))) if size.all() else buckets[0].painted for size in sizes])
+            nearest = np.abs(painted[:, None] - sides).sum(axis=2).argmin(axis=1)
+            bucket = nearest[which.reshape(-1)]
             room = np.array([(b.pictures, b.pictures, text) for b in buckets])[bucket]
             usable = np.flatnonzero((index[:, :3] <= room).all(axis=1))
-            self.left_out += len(index) - len(usable)
+            self.left_out.append(len(index) - len(usable))
             if not len(usable):
                 raise RefineError(
-                    f"data: no sample of a source fits into a row of {text} tokens of text and {buckets[0].pictures} "
-                    "pictures; raise data.tokens and data.text_length"
+                    f"data.sources: no sample of source {number} fits into a row of {text} tokens of text and "
+                    f"{buckets[0].pictures} pictures; raise data.tokens and data.text_length"
                 )
             self._needs.append(index[:, :3])
             self._bucket.append(bucket)
             self._usable.append(usable)
         # Of each source in turn, as its weight says.
         self._order = [int(k) for (k,) in loader.schedule([(k,) for k in range(len(indices))], weights, _PERIOD)]
-        share = np.bincount(self._order, minlength=len(indices)) / len(self._order)
-        if not share.all():
+        if len(set(self._order)) < len(indices):
             raise RefineError(f"data.sources: weights {list(weights)}: give numbers within a factor of {_PERIOD}")
-        self._draws = int(np.ceil(max(len(u) / s for u, s in zip(self._usable, share))))
-        self._ends = [0]  # of epochs, in steps
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._batches, self._first, self._recent = self._stream(), 0, []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ends": [0]}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_batches", "_first", "_recent")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._rewind()
 
     def rows(self, step: int) -> tuple[Bucket, list[list[tuple[int, int]]]]:
-        """The bucket of a step, and the rows of its global batch: (source, number) of their samples."""
-        while step >= self._ends[-1]:
-            self._ends.append(self._ends[-1] + len(_epoch(self, len(self._ends) - 1)))
-        number = int(np.searchsorted(self._ends, step, side="right")) - 1
-        bucket, rows = _epoch(self, number)[step - self._ends[number]]
-        return self.buckets[bucket], rows
+        """The bucket of a step, and the rows of its global batch: (source, number) of their samples.
 
-    def once(self, source: int, number: int) -> np.ndarray:
-        """The samples of a source in the order of its pass `number`."""
-        rng = np.random.default_rng([self._seed, source, number])
-        return rng.permutation(self._usable[source])
-
-    def pack(self, epoch: int) -> list[tuple[int, list[list[tuple[int, int]]]]]:
-        """All batches of an epoch, in order: (number of the bucket, rows).
-
-        A bucket's last batch is left out where it has samples for less than half of its rows, unless it is the only
-        one; rows of it may be empty.
+        Batches follow from one another, so the first call for a late step takes a while: a minute for four million
+        samples.
         """
-        size = len(self._order)
-        counts = np.bincount(self._order, minlength=len(self._usable))
-        drawn = counts * (epoch * self._draws // size)
-        for k in self._order[: epoch * self._draws % size]:
-            drawn[k] += 1
-        batches: list[tuple[int, list[list[tuple[int, int]]]]] = []
+        if step < self._first:
+            self._rewind()
+        while step >= self._first + len(self._recent):
+            self._recent.append(next(self._batches))
+            if len(self._recent) > _KEPT:
+                self._recent.pop(0)
+                self._first += 1
+        return self._recent[step - self._first]
+
+    def _stream(self) -> Iterator[tuple[Bucket, list[list[tuple[int, int]]]]]:
         filling = [_Filling(self._batch, bucket.pictures, self._text) for bucket in self.buckets]
-        for draw in range(epoch * self._draws, (epoch + 1) * self._draws):
-            source = self._order[draw % size]
-            usable = len(self._usable[source])
-            number = int(_once(self, source, int(drawn[source] // usable))[drawn[source] % usable])
-            drawn[source] += 1
-            bucket = int(self._bucket[source][number])
-            rows = filling[bucket].put((source, number), self._needs[source][number])
-            if rows is not None:
-                batches.append((bucket, rows))
-        rest = [(bucket, rows) for bucket, last in enumerate(filling) for rows in last.rest()]
-        batches += [(bucket, rows) for bucket, rows in rest if 2 * sum(map(bool, rows)) >= self._batch]
-        return batches or rest[:1]
+        passes = [self._passes(source) for source in range(len(self._usable))]
+        while True:
+            for source in self._order:
+                number = next(passes[source])
+                bucket = int(self._bucket[source][number])
+                rows = filling[bucket].put((source, number), self._needs[source][number])
+                if rows is not None:
+                    yield self.buckets[bucket], rows
 
-
-@functools.lru_cache(maxsize=2)
-def _epoch(packing: Packing, number: int) -> list[tuple[int, list[list[tuple[int, int]]]]]:
-    return packing.pack(number)
-
-
-@functools.lru_cache(maxsize=8)
-def _once(packing: Packing, source: int, number: int) -> np.ndarray:
-    return packing.once(source, number)
+    def _passes(self, source: int) -> Iterator[int]:
+        """The samples of a source, pass after pass."""
+        for number in itertools.count():
+            yield from np.random.default_rng([self._seed, source, number]).permutation(self._usable[source]).tolist()
 
 
 class _Filling:
@@ -160,21 +157,12 @@ class _Filling:
         if self._place(sample, need):
             return None
         self._waiting.append((sample, need))
-        if len(self._waiting) <= _WAITING:
+        if len(self._waiting) <= min(_WAITING, self._rows * self._room[0]):
             return None
-        return self._close()
-
-    def _close(self) -> list[list[tuple[int, int]]]:
-        """The batch as it is; what waited goes into the next."""
         closed, waiting = self._samples, self._waiting
         self._empty()
         self._waiting = [pair for pair in waiting if not self._place(*pair)]
         return closed
-
-    def rest(self) -> Iterator[list[list[tuple[int, int]]]]:
-        """The batches that are left, until nothing waits."""
-        while any(self._samples):
-            yield self._close()
 
 
 # ------------------------------------------------------------------------------------------------------------ the rows
@@ -199,19 +187,21 @@ class Rows:
     def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
         bucket, rows = self.packing.rows(step)
         rng = np.random.default_rng([self.seed, step, row])
-        filled, skipped = Row(self.text, bucket), 0
+        filled, skipped = Row(self.text, bucket), []
         for number, (source, index) in enumerate(rows[row]):
             try:
                 items, pictures = self.sources[source].sample(index)
-            except RefineError:  # counted; the batches say so where there are many
-                skipped += 1
-                continue
-            kept = [
-                item for item in items if not (isinstance(item, Text) and item.optional and rng.random() < self.dropout)
-            ]
-            filled.add(number, kept, pictures, self.encode, self.marks)
-        counts = dict(samples=np.int32(len(rows[row])), skipped=np.int32(skipped))
-        return {**filled.arrays(), **counts}
+                kept = [item for item in items if not self._dropped(item, rng)]
+                filled.add(number, kept, pictures, self.encode, self.marks)
+            except RefineError:  # named by `PackedBatches` where there are many
+                skipped.append((source, index))
+        shown = np.full((_NAMED, 2), -1, np.int64)
+        for place, sample in zip(shown, skipped):
+            place[:] = sample
+        return {**filled.arrays(), "skipped": shown}
+
+    def _dropped(self, item: Item, rng: np.random.Generator) -> bool:
+        return isinstance(item, Text) and item.optional and rng.random() < self.dropout
 
 
 # What stands of a token of text, and of a picture, in a batch; `models.bagel.Segments` says what it means.
@@ -237,18 +227,27 @@ class Row:
     def add(
         self, sample: int, items: Sequence[Item], pictures: Sequence[np.ndarray], encode: Any, marks: tuple[int, int]
     ) -> None:
-        """As `PackedDataset.pack_sequence` lays a sample out: texts count positions on, an image takes one."""
+        """As `PackedDataset.pack_sequence` lays a sample out: texts count positions on, an image takes one.
+
+        Where this raises `RefineError` (a text that cannot be encoded, two targets), nothing of the sample is there.
+        """
+        if sum(isinstance(item, Painted) and not item.clean for item in items) > 1:
+            raise RefineError("a sample with several pictures to be painted: the mask of a row takes one; split it")
+        size = lambda item: getattr(self._bucket, "seen" if isinstance(item, Seen) else "painted")
+        ready = [
+            encode(item.text) if isinstance(item, Text) else fitted(pictures[item.picture], size(item))
+            for item in items
+        ]
         position = order = 0
-        for segment, item in enumerate(items):
+        for segment, (item, value) in enumerate(zip(items, ready)):
             place = dict(sample=sample, segment=segment, index=order, position=position)
             if isinstance(item, Text):
-                ids = encode(item.text)
-                count = np.arange(len(ids))
+                count = np.arange(len(value))
                 # Every token but the last predicts the next one.
-                scored = item.scored & (count < len(ids) - 1)
+                scored = item.scored & (count < len(value) - 1)
                 running = dict(index=order + count, position=position + count)
-                self._write(ids, {**place, **running, "causal": True, "noisy": False, "scored": scored})
-                position, order = position + len(ids), order + len(ids)
+                self._write(value, {**place, **running, "causal": True, "noisy": False, "scored": scored})
+                position, order = position + len(value), order + len(value)
                 continue
             seen = isinstance(item, Seen)
             noisy = isinstance(item, Painted) and not item.clean
@@ -256,11 +255,11 @@ class Row:
             name = "seen" if seen else "painted"
             into, slot = self._pictures[name], self._filled[name]
             self._filled[name] += 1
-            for key, value in place.items():
-                into[key][slot] = value
+            for key in PLACES:
+                into[key][slot] = place[key]
             if not seen:
                 into["noisy"][slot] = noisy
-            into["pixels"][slot] = fitted(pictures[item.picture], getattr(self._bucket, name))
+            into["pixels"][slot] = value
             # What would follow the picture to be painted stands at its position.
             position, order = position + (not noisy), order + 1
 
@@ -283,22 +282,59 @@ def shapes(bucket: Bucket, text: int) -> dict[str, tuple[tuple[int, ...], np.dty
 
 
 class PackedBatches(loader.Batches):
-    """Endless batches of packed rows; samples whose pictures cannot be read are left out and counted.
+    """Endless batches of packed rows; samples that cannot be read are left out, and counted in `corrupt`.
 
-    max_corrupt: more than this share of the samples so far raises `RefineError` (checked from a hundred samples on).
+    A state holds, besides the position, a digest of the indices: where it is another, the order goes on from other
+    samples, which is said.
+
+    Args:
+      max_corrupt: more than this share of all samples raises `RefineError`, which names the first ones.
     """
 
-    def __init__(self, make: Rows, batch_size: int, max_corrupt: float, **hosts: Any):
+    def __init__(self, make: Rows, batch_size: int, max_corrupt: float, digest: str, **hosts: Any):
         super().__init__(make, batch_size, **hosts)
-        self._limit, self._count, self.corrupt = max_corrupt, 0, 0
+        self._sources, self._digest = make.sources, digest
+        self._limit = max_corrupt * sum(map(len, make.sources))
+        self._bad: set[tuple[int, int]] = set()
+
+    @property
+    def corrupt(self) -> int:
+        """How many samples this host had to leave out so far."""
+        return len(self._bad)
 
     def __next__(self) -> dict[str, np.ndarray]:
         batch = super().__next__()
-        count, lost = batch.pop("samples"), batch.pop("skipped")
-        self._count, self.corrupt = self._count + int(count.sum()), self.corrupt + int(lost.sum())
-        if self._count >= 100 and self.corrupt > self._limit * self._count:
+        skipped = batch.pop("skipped").reshape(-1, 2)
+        self._bad.update(map(tuple, skipped[skipped[:, 0] >= 0].tolist()))
+        if len(self._bad) > self._limit:
+            named = "; ".join(self._reason(*sample) for sample in sorted(self._bad)[:5])
             raise RefineError(
-                f"{self.corrupt} of {self._count} samples could not be read, data.max_corrupt allows a share of "
-                f"{self._limit}; copy the pictures again, or allow more"
+                f"{len(self._bad)} samples could not be read, data.max_corrupt allows {self._limit:g}: {named}; copy "
+                "their pictures again, or allow more"
             )
         return batch
+
+    def _reason(self, source: int, number: int) -> str:
+        try:
+            self._sources[source].sample(number)
+        except RefineError as error:
+            return str(error)
+        return f"sample {number} of source {source}: a text that spells a mark, or a picture that can be read now"
+
+    def get_state(self) -> dict[str, Any]:
+        """{"step": batches given so far, "data": digest of the indices}."""
+        return {**super().get_state(), "data": self._digest}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue at a position that `get_state` gave."""
+        if state.get("data", self._digest) != self._digest:
+            print("the samples are others than before: the order goes on with the present ones", file=sys.stderr)
+        super().set_state(state)
+
+
+def digest(indices: Sequence[np.ndarray]) -> str:
+    """Of all that the plan knows of the samples."""
+    found = hashlib.sha256()
+    for index in indices:
+        found.update(np.ascontiguousarray(index, np.int64).tobytes() + b"|")
+    return found.hexdigest()[:16]

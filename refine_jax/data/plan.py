@@ -34,7 +34,7 @@ def enlarge(box: Sequence[int], width: int, height: int, ratio: float) -> tuple[
     return x1, y1, x2, y2
 
 
-def nearest(ratios: np.ndarray, buckets: Sequence[Size]) -> np.ndarray:
+def _nearest(ratios: np.ndarray, buckets: Sequence[Size]) -> np.ndarray:
     """The bucket of the nearest aspect for each of `ratios` (width / height), by the factor between them."""
     aspects, first = np.unique([width / height for height, width in buckets], return_index=True)
     return first[np.searchsorted(np.sqrt(aspects[:-1] * aspects[1:]), ratios)]
@@ -104,11 +104,11 @@ class Plan:
         width, height = index[:, 0], index[:, 1]
         crops = focus.focus_box(index[:, 2:6], width, height, margin).astype(np.int64)
         ratios = (crops[:, 2] - crops[:, 0]) / (crops[:, 3] - crops[:, 1])
-        crop = nearest(ratios, buckets)
+        crop = _nearest(ratios, buckets)
         crop = _merged(np.bincount(crop, minlength=len(buckets)), buckets, batch_size)[crop]
         has = index[:, 6] > 0
         shape = np.where(has[:, None], index[:, 6:8], 1).astype(np.float64)
-        reference = np.where(has, nearest(shape[:, 0] / shape[:, 1], reference_buckets), -1)
+        reference = np.where(has, _nearest(shape[:, 0] / shape[:, 1], reference_buckets), -1)
         self._arrange(crop, reference, buckets, reference_buckets, batch_size)
 
     @classmethod
@@ -154,7 +154,7 @@ class Plan:
             counts = np.bincount(reference[fixed], minlength=len(reference_buckets))
             into = _merged(counts, reference_buckets, least)
             counts = np.bincount(into, weights=counts, minlength=len(reference_buckets)).astype(np.int64)
-            own = int(nearest(np.array([buckets[bucket][1] / buckets[bucket][0]]), reference_buckets)[0])
+            own = int(_nearest(np.array([buckets[bucket][1] / buckets[bucket][0]]), reference_buckets)[0])
             kinds = np.flatnonzero(counts) if counts.any() else np.array([own])
             first, number = len(self.groups), np.zeros(len(reference_buckets), np.int32)
             number[kinds] = np.arange(first, first + len(kinds))

@@ -10,6 +10,7 @@ Read from the released files (Parquet tables of paths, JSON lines of conversatio
 or drawn in the small world. Every source is picklable, and its samples are known by their numbers.
 """
 
+import ast
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from refine_jax.data import world
 from refine_jax.data.records import Dataset, open_picture
 from refine_jax.errors import RefineError
-from refine_jax.images import Picture, picture_size, read_picture
+from refine_jax.images import ImageLike, picture_size, read_picture
 
 TASKS = ("rvr", "text_to_image", "understanding")
 FORMATS = ("parquet", "jsonl", "records", "world")
@@ -104,19 +105,19 @@ def text_to_image(prompt: str) -> tuple[Item, ...]:
 def conversation(turns: Sequence[Mapping[str, str]], pictures: int) -> tuple[Item, ...]:
     """Turns {"from": "human" | "gpt", "value"} with `<image>` where a picture stands; what "gpt" says is scored.
 
-    Raises ValueError where nothing is scored, or the marks are not as many as the pictures.
+    Raises ValueError where nothing is scored, a value is no text, or the marks are not as many as the pictures.
     """
     items: list[Item] = []
     shown = 0
     for turn in turns:
-        if turn["from"] == "gpt":
+        if not isinstance(turn["value"], str):
+            raise ValueError(f"a value that is no text: {turn['value']!r}")
+        if turn["from"] == "gpt" and turn["value"]:
             items.append(Text(turn["value"], scored=True))
-            continue
         if turn["from"] != "human":
             continue
         head, *rest = turn["value"].split(_PLACE)
-        pieces = [head] + [piece for part in rest for piece in (None, part)]
-        for piece in pieces:
+        for piece in [head] + [piece for part in rest for piece in (None, part)]:
             if piece is None:
                 items.append(Seen(shown))
                 shown += 1
@@ -124,67 +125,85 @@ def conversation(turns: Sequence[Mapping[str, str]], pictures: int) -> tuple[Ite
                 items.append(Text(piece.strip() if rest else piece))
     if shown != pictures:
         raise ValueError(f"{shown} times {_PLACE} for {pictures} pictures")
-    if not any(isinstance(item, Text) and item.scored and item.text for item in items):
+    if not any(isinstance(item, Text) and item.scored for item in items):
         raise ValueError('no turn of "gpt" to learn from')
     return tuple(items)
 
 
 # ---------------------------------------------------------------------------------------------- files of other programs
 
+# What `Files` keeps of a sample: a prompt or the items of a conversation, the paths of its pictures, where it is from.
+_Row = tuple[str | tuple[Item, ...], tuple[str, ...], str]
+
 
 class Files:
     """Samples whose pictures are files: parsed rows, and the size of each one's last picture, from its header.
 
     Args:
-      rows: (items, paths of the pictures, where the row is from, for messages) of each sample.
-      what: names the source in messages.
-
-    Raises `RefineError` where no row is usable, or more than `max_corrupt` (a share) are not; `corrupt` has the others'
-    reasons.
+      rows: each `_Row`, or the reason why it cannot be used.
+      what: names the source in messages; make: the items of a prompt.
+      max_corrupt: more than this share of unusable samples raises `RefineError`; `corrupt` has the reasons of all.
     """
 
     def __init__(
         self,
-        rows: Sequence[tuple[tuple[Item, ...], tuple[str, ...], str]],
+        rows: Sequence[_Row | str],
         what: str,
+        make: Callable[[str], tuple[Item, ...]],
         max_corrupt: float = 0.01,
         progress: bool = False,
     ):
-        self.corrupt: list[str] = []
+        self._what, self._make, self._limit, self._total = what, make, max_corrupt, len(rows)
+        self.corrupt = [row for row in rows if isinstance(row, str)]
+        good = [row for row in rows if not isinstance(row, str)]
 
-        def measured(row: tuple) -> tuple | str:
-            items, paths, origin = row
+        def measured(row: _Row) -> tuple[int, int] | str:
             try:
-                sizes = [picture_size(path) for path in paths]
-                return items, paths, sizes[-1] if sizes else (0, 0)
+                sizes = [picture_size(path) for path in row[1]]
+                return sizes[-1] if sizes else (0, 0)
             except RefineError as error:
-                return f"{origin}: {error}"
+                return f"{row[2]}: {error}"
 
         with ThreadPoolExecutor(_THREADS) as pool:
-            bar = tqdm(pool.map(measured, rows), total=len(rows), desc=f"{what}: sizes", disable=not progress)
-            found = list(bar)
-        self._rows = [row for row in found if not isinstance(row, str)]
-        self.corrupt = [row for row in found if isinstance(row, str)]
-        if not self._rows or len(self.corrupt) > max_corrupt * len(found):
+            sizes = list(tqdm(pool.map(measured, good), total=len(good), desc=f"{what}: sizes", disable=not progress))
+        self.corrupt += [size for size in sizes if isinstance(size, str)]
+        self._rows = [(*row, size) for row, size in zip(good, sizes) if not isinstance(size, str)]
+        self._check()
+
+    def _check(self) -> None:
+        if not self._rows or len(self.corrupt) > self._limit * self._total:
             reason = "; ".join(self.corrupt[:3]) or "no rows"
             raise RefineError(
-                f"{what}: {len(self.corrupt)} of {len(found)} samples cannot be used ({reason}); give the folder that "
-                "their paths start from as root, copy what is missing, or allow more with data.max_corrupt"
+                f"{self._what}: {len(self.corrupt)} of {self._total} samples cannot be used ({reason}); set root to "
+                "the folder that their paths start from, copy what is missing, or allow more with max_corrupt"
             )
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def index(self, tokens: Callable[[str], int]) -> np.ndarray:
-        return np.array([_counts(items, size, tokens) for items, _, size in self._rows], np.int64)
+        kept, counts = [], []
+        for row in self._rows:
+            try:
+                counts.append(_counts(self._items(row), row[3], tokens))
+                kept.append(row)
+            except RefineError as error:  # a text that spells a mark
+                self.corrupt.append(f"{row[2]}: {error}")
+        self._rows = kept
+        self._check()
+        return np.array(counts, np.int64)
+
+    def _items(self, row: tuple) -> tuple[Item, ...]:
+        return self._make(row[0]) if isinstance(row[0], str) else row[0]
 
     def sample(self, number: int) -> tuple[tuple[Item, ...], list[np.ndarray]]:
-        items, paths, _ = self._rows[number]
-        return items, [_on_white(read_picture(path)) for path in paths]
+        row = self._rows[number]
+        return self._items(row), [on_white(path) for path in row[1]]
 
 
-def _on_white(picture: Picture) -> np.ndarray:
-    """Colours without transparency, as the released loader has them."""
+def on_white(image: ImageLike) -> np.ndarray:
+    """A picture's colours, `[H, W, 3] uint8`, on white where it is transparent, as the released loader has them."""
+    picture = read_picture(image)
     if picture.alpha is None:
         return picture.rgb
     alpha = picture.alpha[..., None].astype(np.uint16)
@@ -195,7 +214,7 @@ def parquet(path: Path, root: Path, task: str, wording: Wording, **checks: Any) 
     """The released tables: a `.parquet` file, or a folder of them.
 
     rvr: `image_list` [misaligned, aligned] and `user_prompt`; text_to_image: `image_list` of one or `cache_image`, and
-    `user_prompt`. Paths are relative to `root`; a list may be written as text, a prompt as a list of one.
+    `user_prompt`. Paths are relative to `root`; a list of them may be written as text, a prompt as a list of one.
     """
     try:
         import pyarrow.parquet as pq
@@ -204,7 +223,8 @@ def parquet(path: Path, root: Path, task: str, wording: Wording, **checks: Any) 
     files = sorted(path.glob("**/*.parquet")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
         raise RefineError(f"{path}: no .parquet file there; give a file, or a folder that holds some")
-    rows, wanted = [], 2 if task == "rvr" else 1
+    rows: list[_Row | str] = []
+    wanted = 2 if task == "rvr" else 1
     for file in files:
         try:
             names = pq.read_schema(file).names
@@ -214,54 +234,58 @@ def parquet(path: Path, root: Path, task: str, wording: Wording, **checks: Any) 
             table = pq.read_table(file, columns=[images, "user_prompt"])
         except (OSError, ValueError) as error:
             raise RefineError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]}); copy it again") from None
-        for number, (paths, prompt) in enumerate(
-            zip(table[images].to_pylist(), table["user_prompt"].to_pylist(), strict=True)
-        ):
+        cells = zip(table[images].to_pylist(), table["user_prompt"].to_pylist(), strict=True)
+        for number, (paths, prompt) in enumerate(cells):
             origin = f"{file.name} row {number}"
-            paths, prompt = _texts(paths), _texts(prompt)
-            if len(paths) != wanted or len(prompt) < 1:
-                raise RefineError(
-                    f"{file}: row {number}: {len(paths)} pictures, {len(prompt)} prompts; {task} takes {wanted} and 1"
-                )
-            items = wording.rvr(prompt[0]) if task == "rvr" else text_to_image(prompt[0])
-            rows.append((items, tuple(str(root / p) for p in paths), origin))
-    return Files(rows, str(path), **checks)
-
-
-def _texts(value: Any) -> list[str]:
-    """A cell of strings: a list, a list that is written as text, or one string."""
-    if isinstance(value, str):
-        if value.startswith("["):
             try:
-                value = json.loads(value.replace("'", '"'))
-            except ValueError:
-                pass
-        value = [value] if isinstance(value, str) else value
-    return [str(text) for text in value or [] if text is not None]
+                paths, prompt = _paths(paths), prompt if isinstance(prompt, (str, bytes)) else prompt[0]
+                prompt = prompt.decode() if isinstance(prompt, bytes) else prompt
+                if len(paths) != wanted or not isinstance(prompt, str):
+                    raise ValueError(f"{len(paths)} pictures, {task} takes {wanted} and a prompt")
+                rows.append((prompt, tuple(str(root / p) for p in paths), origin))
+            except (ValueError, TypeError, IndexError, KeyError) as error:
+                rows.append(f"{origin}: {' '.join(str(error).split())[:200]}")
+    return Files(rows, str(path), wording.rvr if task == "rvr" else text_to_image, **checks)
+
+
+def _paths(cell: Any) -> list[str]:
+    """A list of paths, one that is written as text, or a path."""
+    if isinstance(cell, str) and cell.startswith("["):
+        try:
+            cell = ast.literal_eval(cell)
+        except (ValueError, SyntaxError, RecursionError):
+            raise ValueError(f"{cell[:60]!r} is no list of paths") from None
+    found = [cell] if isinstance(cell, str) else list(cell)
+    if not all(isinstance(path, str) for path in found):
+        raise ValueError("pictures are to be paths")
+    return found
 
 
 def jsonl(path: Path, root: Path, **checks: Any) -> Files:
     """Conversations, a JSON object a line: {"image": path or list of paths, "conversations": [turn, …]}."""
-    rows = []
+    rows: list[_Row | str] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append(_conversation_row(line, root, f"{path.name} line {number}"))
     except (OSError, UnicodeDecodeError) as error:
         raise RefineError(f"{path}: cannot be read ({error}); give a file of JSON lines") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if "video" in row:
-                raise ValueError("a video, pictures are wanted")
-            paths = row.get("image", [])
-            paths = [paths] if isinstance(paths, str) else paths
-            items = conversation(row["conversations"], len(paths))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
-            raise RefineError(f"{path}: line {number}: {reason}; correct it or take it out") from None
-        rows.append((items, tuple(str(root / p) for p in paths), f"{path.name} line {number}"))
-    return Files(rows, str(path), **checks)
+    return Files(rows, str(path), text_to_image, **checks)
+
+
+def _conversation_row(line: str, root: Path, origin: str) -> _Row | str:
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError("is no JSON object")
+        if "video" in row:
+            raise ValueError("a video, pictures are wanted")
+        paths = _paths(row.get("image") or [])
+        return conversation(row["conversations"], len(paths)), tuple(str(root / p) for p in paths), origin
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        return f"{origin}: {reason}"
 
 
 # ---------------------------------------------------------------------------------------------- our own, and drawn ones
@@ -286,8 +310,7 @@ class Records:
         record = self._dataset[number]
         shown = [record.whole_image()] if self._task == "rvr" else []
         pictures = [*shown, open_picture(record.target, record.size, "target")]
-        items = _items(self._task, self._wording, record.instruction)
-        return items, [np.asarray(picture.convert("RGB")) for picture in pictures]
+        return _items(self._task, self._wording, record.instruction), [on_white(picture) for picture in pictures]
 
 
 def _items(task: str, wording: Wording, prompt: str) -> tuple[Item, ...]:
@@ -310,8 +333,9 @@ class World:
 
     def index(self, tokens: Callable[[str], int]) -> np.ndarray:
         # A token is a byte at least.
-        row = _counts(self._items(_QUESTION["zh"], ""), (self.side, self.side), tokens)
-        return np.tile(np.array(row, np.int64) + [0, 0, world.PROMPT_BYTES, 0, 0], (self.count, 1))
+        size = (self.side, self.side)
+        row = np.max([_counts(self._items(question, ""), size, tokens) for question in _QUESTION.values()], axis=0)
+        return np.tile(row + [0, 0, world.PROMPT_BYTES, 0, 0], (self.count, 1))
 
     def sample(self, number: int) -> tuple[tuple[Item, ...], list[np.ndarray]]:
         pair = world.sample(self.seed, number, self.split, self.side)
@@ -328,12 +352,13 @@ def open_source(name: str, settings: Mapping[str, Any], wording: Wording, progre
     """The source that an entry of `config.data.sources` describes.
 
     settings: format, one of `FORMATS`; task, one of `TASKS`; path; root (default: path, or the folder that it is in),
-    which the files' own paths are relative to; max_corrupt (share of unusable samples); of the small world count, seed,
-    side. Raises `RefineError`, naming the entry, for what does not go together.
+    which the files' own paths are relative to; max_corrupt (share of unusable samples), both of files; of the small
+    world count, seed, side. Raises `RefineError`, naming the entry, for what does not go together.
     """
     given = dict(settings)
     form, task, path = given.pop("format", None), given.pop("task", None), given.pop("path", "")
     given.pop("weight", None)
+    root, max_corrupt = given.pop("root", ""), given.pop("max_corrupt", 0.01)
     where = f"data.sources.{name}"
     if form not in FORMATS:
         raise RefineError(f"{where}.format {form!r}: choose one of {', '.join(FORMATS)}")
@@ -350,9 +375,9 @@ def open_source(name: str, settings: Mapping[str, Any], wording: Wording, progre
     if form == "records":
         _no_more(where, given)
         return Records(path, task, wording)
-    root = Path(given.pop("root", "") or (path if path.is_dir() else path.parent))
-    checks = dict(max_corrupt=given.pop("max_corrupt", 0.01), progress=progress)
     _no_more(where, given)
+    root = Path(root or (path if path.is_dir() else path.parent))
+    checks = dict(max_corrupt=max_corrupt, progress=progress)
     if form == "parquet":
         return parquet(path, root, task, wording, **checks)
     return jsonl(path, root, **checks)

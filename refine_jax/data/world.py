@@ -12,6 +12,7 @@ language and the wording) is never stated by "train".
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -215,7 +216,7 @@ def wordings(count: int, seed: int = 0, split: str = "train") -> list[str]:
         while spec.split != split:
             spec = draw_spec(rng)
         text = prompt(spec, LANGUAGES[len(found) % 2], rng)
-        found.append(text.replace(spec.text, "") if spec.text else text)
+        found.append(re.sub(rf"([\"“”]){spec.text}([\"“”])", r"\1\2", text) if spec.text else text)
     return found
 
 

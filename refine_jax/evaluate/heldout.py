@@ -491,9 +491,7 @@ def command(argv: Sequence[str] | None = None) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the evaluation; `run` takes what they parse to."""
     parser.add_argument("--model", metavar="tiny|FOLDER", default="tiny", help="model (default: %(default)s)")
-    parser.add_argument(
-        "--output", metavar="DIR", default="heldout", help="folder of the results (default: %(default)s)"
-    )
+    parser.add_argument("--output", metavar="DIR", help="folder of the results (default: the set's name)")
     parser.add_argument("--count", metavar="N", type=int, help="samples (default: all of the recipe)")
     parser.add_argument(
         "--judges", metavar="NAMES", default="vgg,ocr", help=f"among {','.join(JUDGES)}, or none (default: %(default)s)"
@@ -523,7 +521,8 @@ def run(args: argparse.Namespace) -> None:
         options = dict(
             seeds=args.seeds, batch=args.batch, margin=args.margin, quick=args.quick, progress=not args.quiet
         )
-        folder = main(args.model, args.output, args.count, judge_names=names, **options)
+        output = "heldout" if args.output is None else args.output
+        folder = main(args.model, output, args.count, judge_names=names, **options)
         print((folder / "table.md").read_text(encoding="utf-8"))
         print(f"wrote {folder}")
 

@@ -9,6 +9,7 @@ parts of its prompt hold. Every picture depends on the model, its prompt's numbe
 import argparse
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ def main(
         )
         results = {
             "about": {
+                "model": str(model),
+                "initial": None if initial is None else str(initial),
                 "prompts": count,
                 "world_seed": WORLD_SEED,
                 "seed": seed,
@@ -130,11 +133,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the options ask."""
+    """Do what the options ask. Raises `RefineError` for one that belongs to the other set."""
+    foreign = ("write_recipe", "vae_only", "quick", "margin")
+    if given := [name for name in foreign if getattr(args, name)]:
+        raise RefineError(f"--{given[0].replace('_', '-')}: is of --set heldout; leave it out")
     folder = main(
         args.model,
-        args.output,
-        args.count or 500,
+        "world" if args.output is None else args.output,
+        500 if args.count is None else args.count,
         args.rounds,
         initial=args.initial,
         editing=args.editing,
@@ -154,7 +160,7 @@ def _initial(folder: Path, count: int) -> np.ndarray:
     try:
         with np.load(folder / "pictures.npz") as file:
             pictures = file["arr_0"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise RefineError(f"initial {str(folder)!r}: no pictures.npz of an evaluation there ({error})") from None
     if len(pictures) < count:
         raise RefineError(f"initial {str(folder)!r}: holds {len(pictures)} pictures, {count} are wanted")
