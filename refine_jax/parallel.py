@@ -1,6 +1,7 @@
 """Mesh and sharding rules: one table maps the logical axes that parameters declare to mesh axes."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +36,7 @@ DEFAULT_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("batch", BATCH_AXES),
     ("length", "context"),
     ("text_length", "context"),
+    ("rows", ("context", "tensor")),  # of an image in the VAE, whose weights are whole on every chip
     ("act_embed", None),
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
@@ -110,6 +112,47 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
             "xla_tpu_use_minor_sharding_for_major_trivial_input": "true",
         }
     return options
+
+
+class Program:
+    """`jax.jit` of a function, compiled with the `compiler_options` of the mesh in force (`jax.set_mesh`).
+
+    Called, traced and lowered like what `jax.jit` gives. Without a mesh, on one whose compiler is told nothing, and
+    inside another program, it is one plain jitted function.
+    """
+
+    def __init__(self, function: Callable[..., Any], static_argnames: Sequence[str] = ()):
+        functools.update_wrapper(self, function)
+
+        @functools.cache
+        def jitted(options: tuple[tuple[str, str], ...]) -> Any:
+            return jax.jit(function, static_argnames=static_argnames, compiler_options=dict(options) or None)
+
+        self._jitted = jitted
+
+    def _here(self) -> Any:
+        try:
+            mesh = jax.sharding.get_mesh()
+        except ValueError:  # inside another program: its options hold
+            return self._jitted(())
+        options = None if mesh.empty else compiler_options(mesh)
+        return self._jitted(tuple(sorted((options or {}).items())))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._here()(*args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """`jax.jit`'s."""
+        return self._here().trace(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """`jax.jit`'s."""
+        return self._here().lower(*args, **kwargs)
+
+
+def program(*static_argnames: str) -> Callable[[Callable[..., Any]], Program]:
+    """Makes a `Program` of the function below it: `@program("model")`."""
+    return lambda function: Program(function, static_argnames)
 
 
 def param_shardings(abstract: Any, mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Any:

@@ -109,7 +109,7 @@ def generate(
     return latents, decode_latents(model, variables, latents)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "spec"))
+@parallel.program("model", "spec")
 def refine_program(
     variables: Mapping[str, Any], lora: Mapping[str, Any], inputs: Mapping[str, Any], *, model: ModelConfig, spec: Spec
 ) -> Refined:

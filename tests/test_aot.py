@@ -231,11 +231,11 @@ def compile_for_a_tpu() -> None:
     model = dataclasses.replace(model, vae=vae, mmdit=dataclasses.replace(model.mmdit, **wide))
     mesh = parallel.make_mesh(dict(config.mesh), aot.described_devices("v5e:2x2"))
     made = aot.lower_train(config, mesh, model, 0)
-    report, text = aot.analyse(config, "edit_debug", "v5e:2x2", "train", mesh, made)
+    report, text = aot.analyse(config, "edit_debug", "v5e:2x2", "train", made)
     print(aot.row(report))
     print(json.dumps(dataclasses.asdict(report) | {"splash": text.count("splash_mha_fwd")}))
     made = aot.lower_sample(config, mesh, model, config.data.buckets[0])
-    report, text = aot.analyse(config, "edit_debug", "v5e:2x2", "sample", mesh, made)
+    report, text = aot.analyse(config, "edit_debug", "v5e:2x2", "sample", made)
     print(aot.row(report))
     print(json.dumps(dataclasses.asdict(report) | {"splash": text.count("splash_mha_fwd")}))
 

@@ -3,11 +3,13 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 import toy
 from flax import linen as nn
@@ -17,6 +19,7 @@ from refine_jax import parallel
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig
 from refine_jax.models.layers import fit_spec
+from refine_jax.models.qwen_vae import QwenVAE
 
 
 def test_a_mesh_of_one_device():
@@ -66,6 +69,38 @@ def test_rules_can_be_overridden():
         parallel.make_rules({"embedding": "fsdp"})
     with pytest.raises(RefineError, match="'model' is no mesh axis"):
         parallel.make_rules({"embed": "model"})
+
+
+def test_a_program_is_compiled_with_the_options_of_its_mesh(monkeypatch):
+    """An option that does not exist is refused by the compiler; it gets there under a mesh only, on every way in."""
+    traces = []
+
+    @parallel.program("times")
+    def scaled(x, *, times):
+        """A docstring."""
+        traces.append(times)
+        return x * times
+
+    mesh = parallel.make_mesh({}, jax.devices()[:1])
+    assert (scaled.__name__, scaled.__doc__) == ("scaled", "A docstring.") and scaled(2.0, times=3) == 6
+    with jax.set_mesh(mesh):
+        assert scaled(2.0, times=3) == 6  # the CPU's compiler is told nothing
+    asked = []
+    told = {"no_such_option": "1"}
+    monkeypatch.setattr(parallel, "compiler_options", lambda mesh: asked.append(mesh) or told)
+    assert scaled(2.0, times=3) == 6 and not asked
+    for way in (
+        lambda: scaled(2.0, times=3),
+        lambda: scaled.lower(2.0, times=3).compile(),
+        lambda: scaled.trace(2.0, times=3).lower().compile(),
+    ):
+        with jax.set_mesh(mesh), pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+            way()
+    assert asked == [mesh] * 3
+    with jax.set_mesh(mesh):
+        assert jax.jit(lambda x: scaled(x, times=4))(2.0) == 8  # inside another program, whose options hold
+    before = len(traces)
+    assert scaled(3.0, times=3) == 9 and len(traces) == before  # compiled once
 
 
 def boxed(model: ModelConfig):
@@ -138,6 +173,34 @@ ALONE = [{axis: 8} for axis in AXES]
 PAIRS = [{a: 2, b: 4} for a, b in itertools.combinations(AXES, 2)]
 # All pairs take minutes: `python tests/test_parallel.py FOLDER`, with the flags below.
 SOME_PAIRS = [dict(data=2, fsdp=4), dict(fsdp=2, tensor=4), dict(tensor=2, context=4)]
+
+
+def split_vae() -> dict:
+    """How the VAE's compiled programs divide two images over eight chips, and how far their results are off."""
+    import numpy as np
+
+    config = toy.model_config().vae
+    vae, variables = QwenVAE(config), toy.random_variables(toy.model_config(), 3)["vae"]
+    rng = np.random.default_rng(0)
+    inputs = {"encode": rng.uniform(-1, 1, (2, 32, 24, 3)), "decode": rng.standard_normal((2, 8, 6, config.z_dim))}
+    mesh = parallel.make_mesh(dict(fsdp=2, tensor=2, context=2))
+    found = {}
+    for method, x in inputs.items():
+        x = x.astype(np.float32)
+        run = lambda v, x: jax.tree.map(jnp.asarray, vae.apply({"params": v}, x, method=method))  # noqa: B023
+        one = jax.jit(run)(variables, x)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(parallel.DEFAULT_RULES):
+            # Whole on every chip, as the sampler's pictures are.
+            given = jax.device_put((variables, x), parallel.replicated(mesh))
+            compiled = jax.jit(run).lower(*given).compile()
+            eight = compiled(*given)
+        shapes = re.findall(r"= f32\[([\d,]+)\]\S* convolution\(.*(?:encoder|decoder)/", compiled.as_text())
+        apart = jax.tree.map(
+            lambda a, b: float(np.abs(a - b).max() / np.abs(a).max()), *map(jax.device_get, (one, eight))
+        )
+        rows = sorted({tuple(map(int, shape.split(",")[:2])) for shape in shapes})
+        found[method] = dict(rows=rows, convolutions=len(shapes), apart=max(jax.tree.leaves(apart)))
+    return found
 
 
 def eight_devices(pairs: list[dict]) -> None:
@@ -216,6 +279,7 @@ def eight_devices(pairs: list[dict]) -> None:
             eight |= dict(one=one["loss"], gradients=max(jax.tree.leaves(apart)), name=name, axes=axes)
             eight |= dict(rules=list(changed or ()))
             print(json.dumps(eight), flush=True)
+    print(json.dumps(split_vae()), flush=True)
 
 
 def test_eight_devices_compute_what_one_does(tmp_path):
@@ -233,9 +297,13 @@ def test_eight_devices_compute_what_one_does(tmp_path):
         "import test_parallel as t; t.eight_devices(t.SOME_PAIRS)",
         str(tmp_path / "model"),
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    *found, vae = [json.loads(line) for line in done.stdout.splitlines()]
+    # Of two images of 32 x 24 pixels, of 8 x 6 latents, a chip computes a quarter of the rows of one.
+    assert vae["encode"]["rows"] == [[1, 2], [1, 4], [1, 8]] == vae["decode"]["rows"], vae
+    for part in vae.values():
+        assert part["convolutions"] >= 10 and part["apart"] <= 1e-5, vae
     assert len(found) == len(ALONE) + len(SOME_PAIRS) + 3
     [spread] = [line for line in found if line["rules"]]
     [usual] = [line for line in found if line["axes"] == spread["axes"] and not line["rules"]]

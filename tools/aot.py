@@ -114,16 +114,15 @@ class Lowered:
     """A program before it is compiled. needed: counts the FLOPs of all chips; program: of a training step."""
 
     lowered: Any
+    mesh: jax.sharding.Mesh
     needed: Callable[[], flops.Flops]
     program: train.Program | None
 
-    def compile(self, mesh: jax.sharding.Mesh) -> Any:
-        return self.lowered.compile(compiler_options=parallel.compiler_options(mesh))
-
     def mark(self, topology: str) -> str:
-        """A digest of all that decides a measured figure: the program, the topology, the compiler."""
+        """A digest of all that decides a measured figure: the program, the topology, the compiler, its options."""
         versions = [version(name) for name in ("jax", "jaxlib", "libtpu")]
-        digest = hashlib.sha256(json.dumps([topology, versions]).encode())
+        options = parallel.compiler_options(self.mesh)
+        digest = hashlib.sha256(json.dumps([topology, versions, options], sort_keys=True).encode())
         digest.update(self.lowered.as_text().encode())
         return digest.hexdigest()[:16]
 
@@ -150,7 +149,7 @@ def lower_train(
     with program.context():
         traced = program.step.trace(program.state, program.frozen, batch)
         lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
-    return Lowered(lowered, lambda: flops.of_step(config, objective.model, shapes), program)
+    return Lowered(lowered, mesh, lambda: flops.of_step(config, objective.model, shapes), program)
 
 
 def lower_sample(
@@ -200,7 +199,7 @@ def lower_sample(
         lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
     plain = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, attention_impl="xla"))
     run = lambda *trees: refine_program(*trees, model=plain, spec=spec)
-    return Lowered(lowered, lambda: flops.count(run, variables, lora, inputs), None)
+    return Lowered(lowered, mesh, lambda: flops.count(run, variables, lora, inputs), None)
 
 
 def adapters(model: ModelConfig) -> dict[str, Any]:
@@ -221,11 +220,11 @@ def adapters(model: ModelConfig) -> dict[str, Any]:
 
 
 def analyse(
-    config: ml_collections.ConfigDict, name: str, topology: str, program: str, mesh: jax.sharding.Mesh, made: Lowered
+    config: ml_collections.ConfigDict, name: str, topology: str, program: str, made: Lowered
 ) -> tuple[Report, str]:
     """Compile and read; the report, and the text of the compiled program."""
-    started = time.perf_counter()
-    compiled = made.compile(mesh)
+    mesh, started = made.mesh, time.perf_counter()
+    compiled = made.lowered.compile()  # with the options that the program is jitted with
     seconds = time.perf_counter() - started
     text = compiled.as_text()
     module = hlo.Module(text)
@@ -465,7 +464,7 @@ def measure_all(again: bool, only: str, program: str) -> list[Report]:
         made = lower(config, mesh, kind, 0)
         mark = made.mark(config.topology)
         if again or _measured().get(key, {}).get("mark") != mark:
-            report, _ = analyse(config, name, config.topology, kind, mesh, made)
+            report, _ = analyse(config, name, config.topology, kind, made)
             known = _measured()  # another process may have added to it meanwhile
             known[key] = {"mark": mark, "report": dataclasses.asdict(report)}
             checkpoint.write_text(MEASURED, json.dumps(known, indent=1, sort_keys=True) + "\n")
@@ -510,7 +509,7 @@ def main(argv: list[str] | None = None) -> int:
             both = args.program == "both"
             for program in PROGRAMS if both else [args.program or "train"]:
                 made = lower(config, mesh, program, args.bucket)
-                report, text = analyse(config, Path(args.config).stem, topology, program, mesh, made)
+                report, text = analyse(config, Path(args.config).stem, topology, program, made)
                 if args.text:
                     path = args.text.with_stem(f"{args.text.stem}_{program}") if both else args.text
                     checkpoint.write_text(path, text)

@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from refine_jax.errors import RefineError
 from refine_jax.models.attention import attention
-from refine_jax.models.layers import Dense
+from refine_jax.models.layers import Dense, constrain
 
 Array = jax.Array
 
@@ -213,7 +213,7 @@ class ResBlock(nn.Module):
         h = Conv(self.features, self.config, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, self.config, size=1, name="conv_shortcut")(x)
-        return x + h
+        return _constrain(x + h)
 
 
 class AttentionBlock(nn.Module):
@@ -233,6 +233,11 @@ class AttentionBlock(nn.Module):
         return x + Dense(channels, axes, **kinds, name="proj")(h)
 
 
+def _constrain(x: Array) -> Array:
+    """Under a mesh no chip computes a whole batch; those that share an image take its rows, and swap edges."""
+    return constrain(x, "batch", "rows", None, None)
+
+
 def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
     """`attention` on [B, S, 1, D] with bounded memory: 16 384 pixels (a 1024² image) would need 1 GiB of scores."""
     batch, length, heads, width = q.shape
@@ -242,6 +247,7 @@ def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
     if chunks == 1:
         return attention(q, k, v)
     parts = jnp.moveaxis(q.reshape(batch, chunks, length // chunks, heads, width), 1, 0)
+    parts = constrain(parts, None, "batch", "rows", None, None)  # not chunk by chunk: they take turns
     return jnp.moveaxis(jax.lax.map(lambda part: attention(part, k, v), parts), 0, 1).reshape(q.shape)
 
 
@@ -268,7 +274,7 @@ class Encoder(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x [B, H, W, in_channels] -> [B, H / r, W / r, 2·z_dim]."""
         config = self.config
-        x = Conv(config.base_dim, config, name="conv_in")(x)
+        x = Conv(config.base_dim, config, name="conv_in")(_constrain(x))
         count = 0
 
         def name() -> str:
@@ -287,7 +293,7 @@ class Encoder(nn.Module):
                 x = Conv(features, config, stride=2, padding=((0, 1), (0, 1)), name=name())(x)
         x = MidBlock(x.shape[-1], config, name="mid_block")(x)
         x = nn.silu(ChannelNorm(config, name="norm_out")(x))
-        return Conv(2 * config.z_dim, config, name="conv_out")(x)
+        return _constrain(Conv(2 * config.z_dim, config, name="conv_out")(x))
 
 
 class Decoder(nn.Module):
@@ -299,7 +305,7 @@ class Decoder(nn.Module):
     def __call__(self, z: Array) -> Array:
         """z [B, h, w, z_dim] -> [B, r·h, r·w, in_channels]."""
         config = self.config
-        x = Conv(config.base_dim * config.dim_mult[-1], config, name="conv_in")(z)
+        x = Conv(config.base_dim * config.dim_mult[-1], config, name="conv_in")(_constrain(z))
         x = MidBlock(x.shape[-1], config, name="mid_block")(x)
         for level, mult in enumerate(reversed(config.dim_mult)):
             features = config.base_dim * mult
@@ -308,7 +314,7 @@ class Decoder(nn.Module):
             if level < len(config.dim_mult) - 1:
                 x = Conv(features // 2, config, upsample=True, name=f"up_blocks_{level}_upsample")(x)
         x = nn.silu(ChannelNorm(config, name="norm_out")(x))
-        return Conv(config.in_channels, config, name="conv_out")(x)
+        return _constrain(Conv(config.in_channels, config, name="conv_out")(x))
 
 
 class QwenVAE(nn.Module):
