@@ -23,6 +23,7 @@ def get_config():
     config = toy.vae_config()
     config.batch_size, config.steps, config.save_every, config.seed = 4, 6, 3, 3
     config.mesh = dict(data=1, fsdp=-1)
+    config.vae.update(dim_mult=(1, 2), temperal_downsample=(False,))
     return config
 """
 
@@ -38,6 +39,7 @@ def launch(folder: Path, processes: int, *more: str, **environment: str) -> subp
             "JAX_PLATFORMS": "cpu",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
             "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=1",
         }
     )
