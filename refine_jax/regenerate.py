@@ -53,7 +53,7 @@ class Regenerated(NamedTuple):
     rounds: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "spec"))
+@parallel.program("model", "spec")
 def mmdit_program(
     variables: Mapping[str, Any],
     lora: Mapping[str, Any],
@@ -121,7 +121,7 @@ class Painted(NamedTuple):
     latents: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "marks", "spec"))
+@parallel.program("model", "marks", "spec")
 def bagel_program(
     variables: Mapping[str, Any],
     lora: Mapping[str, Any],
@@ -171,7 +171,7 @@ def bagel_program(
     return Painted(bagel.decode_latents(model, variables, x, spec.size), x)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "marks", "seen", "length", "temperature"))
+@parallel.program("model", "marks", "seen", "length", "temperature")
 def answer_program(
     variables: Mapping[str, Any],
     lora: Mapping[str, Any],

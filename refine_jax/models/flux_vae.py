@@ -18,7 +18,7 @@ from flax import linen as nn
 from refine_jax.errors import RefineError
 from refine_jax.models.attention import attention
 from refine_jax.models.layers import Dense
-from refine_jax.models.qwen_vae import Conv, Tiling, tiled_decode, tiled_encode
+from refine_jax.models.qwen_vae import Conv, Tiling, constrain_image, tiled_decode, tiled_encode
 
 __all__ = ["FLUX_TILING", "FluxVAE", "FluxVAEConfig", "denormalize", "normalize", "tiled_decode", "tiled_encode"]
 
@@ -150,7 +150,7 @@ class ResBlock(nn.Module):
         h = Conv(self.features, self.config, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, self.config, size=1, name="nin_shortcut")(x)
-        return x + h
+        return constrain_image(x + h)
 
 
 class AttentionBlock(nn.Module):
@@ -189,7 +189,7 @@ class Encoder(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x [B, H, W, in_channels] -> [B, H / r, W / r, 2·z_channels]."""
         config = self.config
-        x = Conv(config.ch, config, name="conv_in")(x)
+        x = Conv(config.ch, config, name="conv_in")(constrain_image(x))
         for level, mult in enumerate(config.ch_mult):
             for block in range(config.num_res_blocks):
                 x = ResBlock(config.ch * mult, config, name=f"down_{level}_block_{block}")(x)
@@ -199,7 +199,7 @@ class Encoder(nn.Module):
                 x = Conv(config.ch * mult, config, stride=2, padding=padding, name=name)(x)
         x = _middle(x, config)
         x = nn.silu(GroupNorm(config, name="norm_out")(x))
-        return Conv(2 * config.z_channels, config, name="conv_out")(x)
+        return constrain_image(Conv(2 * config.z_channels, config, name="conv_out")(x))
 
 
 class Decoder(nn.Module):
@@ -211,7 +211,7 @@ class Decoder(nn.Module):
     def __call__(self, z: Array) -> Array:
         """z [B, h, w, z_channels] -> [B, r·h, r·w, in_channels]."""
         config = self.config
-        x = Conv(config.ch * config.ch_mult[-1], config, name="conv_in")(z)
+        x = Conv(config.ch * config.ch_mult[-1], config, name="conv_in")(constrain_image(z))
         x = _middle(x, config)
         for level, mult in reversed(list(enumerate(config.ch_mult))):
             for block in range(config.num_res_blocks + 1):
@@ -219,7 +219,7 @@ class Decoder(nn.Module):
             if level > 0:
                 x = Conv(config.ch * mult, config, upsample=True, name=f"up_{level}_upsample")(x)
         x = nn.silu(GroupNorm(config, name="norm_out")(x))
-        return Conv(config.in_channels, config, name="conv_out")(x)
+        return constrain_image(Conv(config.in_channels, config, name="conv_out")(x))
 
 
 def _middle(x: Array, config: FluxVAEConfig) -> Array:

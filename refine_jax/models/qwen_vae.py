@@ -213,7 +213,7 @@ class ResBlock(nn.Module):
         h = Conv(self.features, self.config, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, self.config, size=1, name="conv_shortcut")(x)
-        return _constrain(x + h)
+        return constrain_image(x + h)
 
 
 class AttentionBlock(nn.Module):
@@ -233,7 +233,7 @@ class AttentionBlock(nn.Module):
         return x + Dense(channels, axes, **kinds, name="proj")(h)
 
 
-def _constrain(x: Array) -> Array:
+def constrain_image(x: Array) -> Array:
     """Under a mesh no chip computes a whole batch; those that share an image take its rows, and swap edges."""
     return constrain(x, "batch", "rows", None, None)
 
@@ -274,7 +274,7 @@ class Encoder(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x [B, H, W, in_channels] -> [B, H / r, W / r, 2·z_dim]."""
         config = self.config
-        x = Conv(config.base_dim, config, name="conv_in")(_constrain(x))
+        x = Conv(config.base_dim, config, name="conv_in")(constrain_image(x))
         count = 0
 
         def name() -> str:
@@ -293,7 +293,7 @@ class Encoder(nn.Module):
                 x = Conv(features, config, stride=2, padding=((0, 1), (0, 1)), name=name())(x)
         x = MidBlock(x.shape[-1], config, name="mid_block")(x)
         x = nn.silu(ChannelNorm(config, name="norm_out")(x))
-        return _constrain(Conv(2 * config.z_dim, config, name="conv_out")(x))
+        return constrain_image(Conv(2 * config.z_dim, config, name="conv_out")(x))
 
 
 class Decoder(nn.Module):
@@ -305,7 +305,7 @@ class Decoder(nn.Module):
     def __call__(self, z: Array) -> Array:
         """z [B, h, w, z_dim] -> [B, r·h, r·w, in_channels]."""
         config = self.config
-        x = Conv(config.base_dim * config.dim_mult[-1], config, name="conv_in")(_constrain(z))
+        x = Conv(config.base_dim * config.dim_mult[-1], config, name="conv_in")(constrain_image(z))
         x = MidBlock(x.shape[-1], config, name="mid_block")(x)
         for level, mult in enumerate(reversed(config.dim_mult)):
             features = config.base_dim * mult
@@ -314,7 +314,7 @@ class Decoder(nn.Module):
             if level < len(config.dim_mult) - 1:
                 x = Conv(features // 2, config, upsample=True, name=f"up_blocks_{level}_upsample")(x)
         x = nn.silu(ChannelNorm(config, name="norm_out")(x))
-        return _constrain(Conv(config.in_channels, config, name="conv_out")(x))
+        return constrain_image(Conv(config.in_channels, config, name="conv_out")(x))
 
 
 class QwenVAE(nn.Module):
