@@ -57,6 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
         buckets=((64, 64),),
         tokens=768,
         text_length=512,
+        answer_length=256,
         text_dropout=0.1,
         max_corrupt=0.01,
         workers=0,

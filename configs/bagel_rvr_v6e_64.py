@@ -2,7 +2,7 @@
 
     refine-jax train --config configs/bagel_rvr_v6e_64.py --workdir runs/rvr --config.init_from=BAGEL-7B-MoT
 
-A row of 40 000 tokens a chip, 2.6 M tokens a step; the data lie under data/ as released (docs/regenerate.md).
+A row of 40 000 tokens on two chips, 1.3 M tokens a step; the data lie under data/ as released (docs/regenerate.md).
 """
 
 import ml_collections
@@ -12,4 +12,4 @@ from refine_jax import recipes
 
 def get_config() -> ml_collections.ConfigDict:
     """The resolved configuration."""
-    return recipes.bagel_rvr("v6e:8x8", dict(fsdp=64), batch_size=64)
+    return recipes.bagel_rvr("v6e:8x8", dict(fsdp=32, context=2), batch_size=32)

@@ -32,9 +32,6 @@ from refine_jax.models.bagel import Bagel, BagelConfig, Segments, latent_positio
 from refine_jax.models.layers import init_lora, scale_lora
 from refine_jax.objective import LORA_FILE, Objective
 
-# Tokens of text whose logits (152 064 a token, float32) are in memory at once.
-_LOGITS = 256
-
 
 def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None = None) -> Objective:
     """L = mse_weight·MSE + ce_weight·CE on packed sequences (`data.packing`, `data.sequences`).
@@ -52,7 +49,7 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
     frozen = tuple(name for name in bagel.NETWORKS if name not in trained)
     source, model = _start(config, trained, model)
     boxed = model.boxed(frozen)
-    buckets = [_bucket(model, tuple(size), data.tokens, data.text_length) for size in data.buckets]
+    buckets = [_bucket(model, tuple(size), data) for size in data.buckets]
 
     def init(key: jax.Array) -> Any:
         if adapter:
@@ -77,7 +74,7 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
         return [
             {
                 name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
-                for name, (shape, dtype) in packing.shapes(bucket, data.text_length).items()
+                for name, (shape, dtype) in packing.shapes(bucket).items()
             }
             for bucket in buckets
         ]
@@ -208,43 +205,34 @@ def picture_segments(batch: Mapping[str, jax.Array], name: str, tokens: int) -> 
 def _cross_entropy(
     network: Bagel, weights: Mapping[str, Any], hidden: jax.Array, batch: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """Mean -log p of the token after each that is scored; logits are made for `_LOGITS` tokens of a row at a time."""
-    following = jnp.roll(batch["text_ids"], -1, axis=1)
-    scored = batch["text_scored"]
-    rows, length = scored.shape
-    part = min(length, _LOGITS)
-    spare = -length % part
-    padded = lambda x: jnp.pad(x, [(0, 0), (0, spare)] + [(0, 0)] * (x.ndim - 2))
-
-    @jax.checkpoint
-    def step(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        hidden, labels, scored = piece
-        logits = network.apply(weights, hidden, method=Bagel.logits)
-        chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-        lost = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return total + jnp.sum(jnp.where(scored, lost, 0.0)), None
-
-    cut = lambda x: jnp.moveaxis(padded(x).reshape(rows, -1, part, *x.shape[2:]), 1, 0)
-    total, _ = jax.lax.scan(step, jnp.zeros(()), tuple(map(cut, (hidden, following, scored))))
-    return total / jnp.maximum(jnp.sum(scored), 1)
+    """Mean -log p of the tokens that follow those of `text_scored`; only for them are logits made."""
+    at = jnp.maximum(batch["text_scored"], 0)
+    taken = jnp.take_along_axis(hidden, at[..., None], axis=1)
+    labels = jnp.take_along_axis(jnp.roll(batch["text_ids"], -1, axis=1), at, axis=1)
+    logits = network.apply(weights, taken, method=Bagel.logits)
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    scored = batch["text_scored"] >= 0
+    lost = jnp.where(scored, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
+    return jnp.sum(lost) / jnp.maximum(jnp.sum(scored), 1)
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
-def _bucket(model: BagelModel, size: tuple[int, int], tokens: int, text: int) -> packing.Bucket:
-    """As many pictures of both kinds as `tokens` hold beside `text` tokens of text."""
+def _bucket(model: BagelModel, size: tuple[int, int], data: Any) -> packing.Bucket:
+    """As many pictures of both kinds as `data.tokens` hold beside `data.text_length` tokens of text."""
     if any(side % model.stride or side < model.stride for side in size):
         raise RefineError(f"data.buckets: {size}: give sides that are multiples of {model.stride}")
     latent_position_ids(model.grid(size), model.bagel)  # refuses what is too large
     seen = model.seen_size(size)
     pair = math.prod(model.grid(size)) + math.prod(seen) // model.bagel.vit.patch_size**2
-    if tokens - text < pair:
+    if data.tokens - data.text_length < pair:
         raise RefineError(
-            f"data.tokens {tokens}: a pair of pictures of {size} takes {pair} tokens, and text {text} "
+            f"data.tokens {data.tokens}: a pair of pictures of {size} takes {pair} tokens, and text {data.text_length} "
             "(data.text_length); give more, or smaller buckets"
         )
-    return packing.Bucket(size, seen, (tokens - text) // pair)
+    pictures = (data.tokens - data.text_length) // pair
+    return packing.Bucket(size, seen, pictures, data.text_length, data.answer_length)
 
 
 def _batches(
@@ -274,7 +262,6 @@ def _batches(
         [weights[name] for name in names],
         config.batch_size,
         buckets,
-        data.text_length,
         config.seed,
         model.painted_size,
     )
@@ -282,14 +269,15 @@ def _batches(
         if speaks and (unusable := getattr(source, "corrupt", [])):
             tqdm.write(f"data.sources.{name}: {len(unusable)} samples left out, {unusable[0]}", file=sys.stderr)
         if speaks and left:
-            room = f"{buckets[0].pictures} pictures or {data.text_length} tokens of text"
+            room = (
+                f"{buckets[0].pictures} pictures, {data.text_length} tokens of text or {data.answer_length} of answers"
+            )
             tqdm.write(f"data.sources.{name}: {left} samples left out, longer than {room}", file=sys.stderr)
     make = packing.Rows(
         plan,
         sources,
         encode,
         (marks.image_start, marks.image_end),
-        data.text_length,
         data.get("text_dropout", 0.0),
         config.seed,
     )

@@ -134,6 +134,7 @@ def bagel_rvr(topology: str, mesh: dict[str, int], **changes: object) -> ml_coll
         buckets=RVR_BUCKETS,
         tokens=40_960,
         text_length=4096,
+        answer_length=1024,
         text_dropout=0.1,
         max_corrupt=0.01,
         workers=8,

@@ -280,7 +280,7 @@ def test_an_answer_is_what_training_would_predict(shown):
     found = program(regenerator.variables, {}, inputs, seen=seen if shown else None, length=8)
     ids = np.asarray(found)[0, :5].tolist()
     assert regenerator.tokenizer.decode(ids) == said and marks.text_end not in ids
-    row = packing.Row(40, packing.Bucket((16, 16), seen, 1))
+    row = packing.Row(packing.Bucket((16, 16), seen, 1, 40, 6))
     answer = np.array([marks.text_start, *ids, marks.text_end], np.int32)
     items = [Seen(0)] * shown + [Text("what is it?"), Text("x", scored=True)]
     larger = bagel.painted(image, None, regenerator.model.painted_size((60, 90)))
@@ -295,7 +295,7 @@ def test_an_answer_is_what_training_would_predict(shown):
     weights = {"params": regenerator.variables["bagel"]}
     hidden, _ = Bagel(model).apply(weights, batch["text_ids"], segments, patches, cells, where)
     logits = Bagel(model).apply(weights, hidden, method=Bagel.logits)[0]
-    at = np.flatnonzero(row.arrays()["text_scored"])[:5]
+    at = row.arrays()["text_scored"][:5]
     assert np.argmax(logits[at], axis=-1).tolist() == ids
     with pytest.raises(RefineError, match="max_tokens 0"):
         regenerator.answer(None, "x", max_tokens=0)

@@ -29,11 +29,19 @@ _NAMED = 8  # samples of a row that can be named as unreadable
 
 
 class Bucket(NamedTuple):
-    """painted, seen: (height, width) in pixels of the two views; pictures: places for each of them in a row."""
+    """painted, seen: (height, width) in pixels of the two views; places in a row: pictures of either view, text of the
+    text stream's tokens, scored of those that are to be predicted."""
 
     painted: Size
     seen: Size
     pictures: int
+    text: int
+    scored: int
+
+    @property
+    def room(self) -> tuple[int, int, int, int]:
+        """What a row holds, as an index counts it."""
+        return self.pictures, self.pictures, self.text, self.scored
 
 
 class Packing:
@@ -42,7 +50,7 @@ class Packing:
     Args:
       indices: a source's index (`sequences.Source.index`) each, in a fixed order; weights: how often a sample is drawn
         from it, in proportion.
-      batch_size: rows of a global batch; text: tokens of a row's text stream.
+      batch_size: rows of a global batch.
       fit: (height, width) of a picture -> of its painting (`BagelModel.painted_size`).
 
     A source is passed through in an order of its own, again and again. A sample goes to the bucket that is nearest to
@@ -57,30 +65,30 @@ class Packing:
         weights: Sequence[float],
         batch_size: int,
         buckets: Sequence[Bucket],
-        text: int,
         seed: int,
         fit: Callable[[Size], Size] = lambda size: size,
     ):
-        self.buckets, self._batch, self._text, self._seed = tuple(buckets), batch_size, text, seed
+        self.buckets, self._batch, self._seed = tuple(buckets), batch_size, seed
         twice = [bucket.painted for bucket in buckets if [b.painted for b in buckets].count(bucket.painted) > 1]
         if twice:
             raise RefineError(f"data.buckets: {twice[0]} stands there twice; take one out")
         sides = np.log([bucket.painted for bucket in buckets])
         self._needs, self._bucket, self._usable, self.left_out = [], [], [], []
         for number, index in enumerate(indices):
-            sizes, which = np.unique(index[:, [4, 3]], axis=0, return_inverse=True)
+            sizes, which = np.unique(index[:, [5, 4]], axis=0, return_inverse=True)
             painted = np.log([fit(tuple(map(int, size))) if size.all() else buckets[0].painted for size in sizes])
             nearest = np.abs(painted[:, None] - sides).sum(axis=2).argmin(axis=1)
             bucket = nearest[which.reshape(-1)]
-            room = np.array([(b.pictures, b.pictures, text) for b in buckets])[bucket]
-            usable = np.flatnonzero((index[:, :3] <= room).all(axis=1))
+            room = np.array([b.room for b in buckets])[bucket]
+            usable = np.flatnonzero((index[:, :4] <= room).all(axis=1))
             self.left_out.append(len(index) - len(usable))
             if not len(usable):
                 raise RefineError(
-                    f"data.sources: no sample of source {number} fits into a row of {text} tokens of text and "
-                    f"{buckets[0].pictures} pictures; raise data.tokens and data.text_length"
+                    f"data.sources: no sample of source {number} fits into a row of {buckets[0].text} tokens of text, "
+                    f"{buckets[0].scored} of answers and {buckets[0].pictures} pictures; raise data.tokens, "
+                    "data.text_length and data.answer_length"
                 )
-            self._needs.append(index[:, :3])
+            self._needs.append(index[:, :4])
             self._bucket.append(bucket)
             self._usable.append(usable)
         # Of each source in turn, as its weight says.
@@ -115,7 +123,7 @@ class Packing:
         return self._recent[step - self._first]
 
     def _stream(self) -> Iterator[tuple[Bucket, list[list[tuple[int, int]]]]]:
-        filling = [_Filling(self._batch, bucket.pictures, self._text) for bucket in self.buckets]
+        filling = [_Filling(self._batch, bucket.room) for bucket in self.buckets]
         passes = [self._passes(source) for source in range(len(self._usable))]
         while True:
             for source in self._order:
@@ -134,8 +142,8 @@ class Packing:
 class _Filling:
     """A batch that is being filled: each sample goes to the first row with room for it."""
 
-    def __init__(self, rows: int, pictures: int, text: int):
-        self._room = (pictures, pictures, text)
+    def __init__(self, rows: int, room: tuple[int, ...]):
+        self._room = room
         self._rows, self._waiting = rows, []
         self._empty()
 
@@ -180,14 +188,13 @@ class Rows:
     sources: tuple[Source, ...]
     encode: Any
     marks: tuple[int, int]
-    text: int
     dropout: float
     seed: int
 
     def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
         bucket, rows = self.packing.rows(step)
         rng = np.random.default_rng([self.seed, step, row])
-        filled, skipped = Row(self.text, bucket), []
+        filled, skipped = Row(bucket), []
         for number, (source, index) in enumerate(rows[row]):
             try:
                 items, pictures = self.sources[source].sample(index)
@@ -211,10 +218,10 @@ PLACES = ("sample", "segment", "index", "position")
 class Row:
     """A row that is being filled with samples."""
 
-    def __init__(self, text: int, bucket: Bucket):
-        self._bucket, self._used = bucket, 0
-        self._text = {"ids": np.zeros(text, np.int32)} | {name: np.zeros(text, np.int32) for name in PLACES}
-        self._text |= {name: np.zeros(text, bool) for name in ("causal", "noisy", "scored")}
+    def __init__(self, bucket: Bucket):
+        self._bucket, self._used, self._scored = bucket, 0, []
+        self._text = {name: np.zeros(bucket.text, np.int32) for name in ("ids", *PLACES)}
+        self._text |= {name: np.zeros(bucket.text, bool) for name in ("causal", "noisy")}
         self._text["sample"][:] = -1
         self._pictures = {}
         for name, size in (("seen", bucket.seen), ("painted", bucket.painted)):
@@ -243,15 +250,15 @@ class Row:
             place = dict(sample=sample, segment=segment, index=order, position=position)
             if isinstance(item, Text):
                 count = np.arange(len(value))
-                # Every token but the last predicts the next one.
-                scored = item.scored & (count < len(value) - 1)
+                if item.scored:  # every token but the last predicts the next one
+                    self._scored += (self._used + count[:-1]).tolist()
                 running = dict(index=order + count, position=position + count)
-                self._write(value, {**place, **running, "causal": True, "noisy": False, "scored": scored})
+                self._write(value, {**place, **running, "causal": True, "noisy": False})
                 position, order = position + len(value), order + len(value)
                 continue
             seen = isinstance(item, Seen)
             noisy = isinstance(item, Painted) and not item.clean
-            self._write(np.array(marks), {**place, "causal": False, "noisy": noisy, "scored": False})
+            self._write(np.array(marks), {**place, "causal": False, "noisy": noisy})
             name = "seen" if seen else "painted"
             into, slot = self._pictures[name], self._filled[name]
             self._filled[name] += 1
@@ -271,14 +278,17 @@ class Row:
             self._text[name][at] = value
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Flat: text_ids, text_sample, …; seen_pixels, seen_sample, …; painted_pixels, painted_noisy, …."""
-        parts = {"text": self._text, **self._pictures}
+        """Flat: text_ids, text_sample, …; text_scored, the places in the text stream of the tokens that predict, then
+        -1; seen_pixels, seen_sample, …; painted_pixels, painted_noisy, …."""
+        scored = np.full(self._bucket.scored, -1, np.int32)
+        scored[: len(self._scored)] = self._scored
+        parts = {"text": {**self._text, "scored": scored}, **self._pictures}
         return {f"{part}_{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
-def shapes(bucket: Bucket, text: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def shapes(bucket: Bucket) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """(shape, dtype) of every array of a row of `bucket`."""
-    return {name: (value.shape, value.dtype) for name, value in Row(text, bucket).arrays().items()}
+    return {name: (value.shape, value.dtype) for name, value in Row(bucket).arrays().items()}
 
 
 class PackedBatches(loader.Batches):

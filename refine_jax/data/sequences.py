@@ -64,9 +64,10 @@ Item = Text | Seen | Painted
 class Source(Protocol):
     """Samples by their numbers.
 
-    index(tokens) -> `[n, 5] int64`: pictures seen, pictures in latents, tokens of the text stream (an upper bound),
-    width and height of the last picture (0 without any). It decodes no picture; tokens: the length of a text with its
-    marks. sample(number) -> the items and the pictures, `[H, W, 3] uint8`, that they number.
+    index(tokens) -> `[n, 6] int64`: pictures seen, pictures in latents, tokens of the text stream and those of them
+    that are to be predicted (both at most), width and height of the last picture (0 without any). It decodes no
+    picture; tokens: the length of a text with its marks. sample(number) -> the items and the pictures, `[H, W, 3]
+    uint8`, that they number.
     """
 
     def __len__(self) -> int: ...
@@ -79,8 +80,9 @@ class Source(Protocol):
 def _counts(items: Sequence[Item], size: tuple[int, int], tokens: Callable[[str], int]) -> tuple[int, ...]:
     """A row of an index; each picture has two marks in the text stream."""
     texts = sum(tokens(item.text) if isinstance(item, Text) else 2 for item in items)
+    scored = sum(tokens(item.text) - 1 for item in items if isinstance(item, Text) and item.scored)
     seen = sum(isinstance(item, Seen) for item in items)
-    return seen, sum(isinstance(item, Painted) for item in items), texts, *size
+    return seen, sum(isinstance(item, Painted) for item in items), texts, scored, *size
 
 
 @dataclass(frozen=True)
@@ -302,9 +304,9 @@ class Records:
 
     def index(self, tokens: Callable[[str], int]) -> np.ndarray:
         size, length = self._dataset.index[:, :2], self._dataset.index[:, 8]
-        seen, painted, around, _, _ = _counts(_items(self._task, self._wording, ""), (0, 0), tokens)
+        seen, painted, around, scored, _, _ = _counts(_items(self._task, self._wording, ""), (0, 0), tokens)
         # A token is a byte at least.
-        return np.stack(np.broadcast_arrays(seen, painted, around + length, *size.T), axis=1).astype(np.int64)
+        return np.stack(np.broadcast_arrays(seen, painted, around + length, scored, *size.T), axis=1).astype(np.int64)
 
     def sample(self, number: int) -> tuple[tuple[Item, ...], list[np.ndarray]]:
         record = self._dataset[number]
@@ -335,7 +337,8 @@ class World:
         # A token is a byte at least.
         size = (self.side, self.side)
         row = np.max([_counts(self._items(question, ""), size, tokens) for question in _QUESTION.values()], axis=0)
-        return np.tile(row + [0, 0, world.PROMPT_BYTES, 0, 0], (self.count, 1))
+        said = world.PROMPT_BYTES if self.task == "understanding" else 0
+        return np.tile(row + [0, 0, world.PROMPT_BYTES, said, 0, 0], (self.count, 1))
 
     def sample(self, number: int) -> tuple[tuple[Item, ...], list[np.ndarray]]:
         pair = world.sample(self.seed, number, self.split, self.side)
