@@ -336,6 +336,8 @@ def test_what_a_platform_gets(monkeypatch, platform, length, expected):
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(door, "_mesh_platform", lambda: platform)
+    # `small_blocks` may still be in force.
+    monkeypatch.setattr(door, "splash_spans", splash.splash_spans)
     shape = lambda heads: jax.ShapeDtypeStruct((1, length, heads, 128), jnp.bfloat16)
     kinds = (jnp.int32,) * 4 + (jnp.bool_,) * 2
     segments = Segments(*(jax.ShapeDtypeStruct((1, length), kind) for kind in kinds))
