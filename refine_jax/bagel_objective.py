@@ -32,6 +32,8 @@ from refine_jax.models.bagel import Bagel, BagelConfig, Segments, latent_positio
 from refine_jax.models.layers import init_lora, scale_lora
 from refine_jax.objective import LORA_FILE, Objective
 
+_BLOCK = 128  # tokens
+
 
 def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None = None) -> Objective:
     """L = mse_weight·MSE + ce_weight·CE on packed sequences (`data.packing`, `data.sequences`).
@@ -220,7 +222,11 @@ def _cross_entropy(
 
 
 def _bucket(model: BagelModel, size: tuple[int, int], data: Any) -> packing.Bucket:
-    """As many pictures of both kinds as `data.tokens` hold beside `data.text_length` tokens of text."""
+    """As many pictures of both kinds as `data.tokens` hold beside `data.text_length` tokens of text.
+
+    Of these it takes up to `_BLOCK` - 1 less, so that the stream of text and seen pictures is a whole number of a
+    kernel's blocks and divides evenly over a mesh.
+    """
     if any(side % model.stride or side < model.stride for side in size):
         raise RefineError(f"data.buckets: {size}: give sides that are multiples of {model.stride}")
     latent_position_ids(model.grid(size), model.bagel)  # refuses what is too large
@@ -232,7 +238,11 @@ def _bucket(model: BagelModel, size: tuple[int, int], data: Any) -> packing.Buck
             "(data.text_length); give more, or smaller buckets"
         )
     pictures = (data.tokens - data.text_length) // pair
-    return packing.Bucket(size, seen, pictures, data.text_length, data.answer_length)
+    patches = math.prod(seen) // model.bagel.vit.patch_size**2
+    text = data.text_length - (data.text_length + pictures * patches) % _BLOCK
+    if text < 1:
+        raise RefineError(f"data.text_length {data.text_length}: give at least {_BLOCK}")
+    return packing.Bucket(size, seen, pictures, text, data.answer_length)
 
 
 def _batches(

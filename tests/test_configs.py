@@ -6,8 +6,9 @@ import math
 import jax
 import pytest
 import toy
+from flax import traverse_util
 
-from refine_jax import flops
+from refine_jax import flops, objectives, recipes
 from refine_jax.model import PUBLISHED
 from refine_jax.models.layers import init_lora
 from refine_jax.train import load_config
@@ -73,3 +74,49 @@ def test_what_the_lora_adapts():
     assert set(lora) == {"blocks"} and set(lora["blocks"]) == {"attn"}
     assert set(lora["blocks"]["attn"]) == {"to_q", "to_k", "to_v", "to_out"}
     assert sum(leaf.size for leaf in jax.tree.leaves(lora)) == 60 * 4 * 2 * 3072 * 256
+
+
+# ---------------------------------------------------------------------------------------------------------------- BAGEL
+
+BAGEL = {"v5p_64": (32, "v5p:4x4x2"), "v6e_64": (64, "v6e:8x8"), "32xh100": (32, ""), "lora_v6e_16": (16, "v6e:4x4")}
+
+
+def test_every_bagel_recipe_is_there():
+    assert {path.stem for path in toy.CONFIGS.glob("bagel_rvr_*.py")} == {f"bagel_rvr_{name}" for name in BAGEL}
+
+
+@pytest.mark.parametrize("name", BAGEL)
+def test_a_bagel_recipe_fits_its_hardware(name):
+    config = load_config(toy.CONFIGS / f"bagel_rvr_{name}.py")
+    chips, topology = BAGEL[name]
+    assert math.prod(config.mesh.values()) == chips and config.topology == topology
+    assert config.batch_size == config.mesh.fsdp * config.mesh.get("data", 1)  # a row at a time
+    model = PUBLISHED[config.variant]
+    for bucket, shapes in zip(config.data.buckets, objectives.make(config, model).batch_shapes(), strict=True):
+        rows, pictures, height, width, _ = shapes["painted_pixels"].shape
+        seen = shapes["seen_pixels"].shape
+        assert (height, width) == bucket and rows == config.batch_size and seen[1] == pictures
+        und = pictures * seen[2] * seen[3] // 196 + shapes["text_ids"].shape[1]
+        gen = pictures * height * width // 256
+        assert 35_000 < und + gen <= config.data.tokens
+        assert und % 128 == gen % 128 == 0 and shapes["text_ids"].shape[1] > config.data.text_length - 128
+        assert shapes["text_scored"].shape == (rows, config.data.answer_length)
+
+
+def test_the_bagel_recipe_is_the_released_one():
+    """scripts/train.sh, data/configs/rvr.yaml and train/pretrain_unified_navit.py of the authors' code."""
+    config = load_config(toy.CONFIGS / "bagel_rvr_v5p_64.py")
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.b1, optimizer.b2, optimizer.eps) == (1e-4, 0.9, 0.95, 1e-15)
+    assert (optimizer.warmup, optimizer.decay, optimizer.clip, optimizer.weight_decay) == (2500, 0.0, 1.0, 0.0)
+    assert (config.mse_weight, config.ce_weight, config.ema_decay) == (1.0, 0.25, 0.9999)
+    assert config.sigma.to_dict() == dict(distribution="logit_normal", shift=4.0)
+    assert {name: source.weight for name, source in config.data.sources.items()} == recipes.RVR_MIX
+    assert (config.vae_sides, config.vit_sides) == ((1024, 512), (980, 378)) and config.data.text_dropout == 0.1
+    assert config.lora is None and config.dtype == "bfloat16"
+    lora = load_config(toy.CONFIGS / "bagel_rvr_lora_v6e_16.py").lora
+    base = PUBLISHED["bagel-7b-mot"].boxed(("bagel",))["bagel"]
+    made = jax.eval_shape(lambda: init_lora(jax.random.key(0), base, lora.targets, lora.rank))
+    paths = {path.removesuffix("/a") for path in traverse_util.flatten_dict(made, sep="/") if path.endswith("/a")}
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj")
+    assert paths == {f"decoder/layers/{expert}/{name}" for expert in ("und", "gen") for name in names}

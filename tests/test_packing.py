@@ -366,7 +366,7 @@ def test_our_records_and_the_small_world(tmp_path):
 def configuration(**changes):
     config = toy.shipped("bagel_debug")
     config.steps, config.save_every, config.log_every = 2, 2, 1
-    config.data.tokens, config.data.text_length, config.data.answer_length = 980, 704, 300
+    config.data.tokens, config.data.text_length, config.data.answer_length = 1110, 832, 300
     for name, value in changes.items():
         with config.ignore_type():
             config[name] = value
