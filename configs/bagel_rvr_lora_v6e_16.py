@@ -18,6 +18,8 @@ def get_config() -> ml_collections.ConfigDict:
         "v6e:4x4",
         dict(fsdp=8, context=2),
         batch_size=8,
+        remat="full",
+        rules=recipes.SPREAD,
         ema_decay=0.0,
         lora=dict(rank=64, alpha=64.0, targets="decoder/layers/(und|gen)/(mlp/)?(q|k|v|o|gate|up|down)_proj"),
     )
