@@ -10,6 +10,8 @@ three sittings, the learning rate decayed to 0 at step 3800 too.
 
 import ml_collections
 
+from refine_jax import recipes
+
 
 def get_config() -> ml_collections.ConfigDict:
     """The resolved configuration."""
@@ -98,21 +100,7 @@ def get_config() -> ml_collections.ConfigDict:
         text_length=72,
         workers=1,
     )
-    # Muon for what mixes features token by token; a modulation acts on one vector a sample and is left to AdamW.
-    config.optimizer = dict(
-        name="muon",
-        learning_rate=4e-3,
-        adam_scale=0.4,
-        warmup=100,
-        decay=0.35,
-        b1=0.9,
-        b2=0.99,
-        eps=1e-8,
-        weight_decay=0.01,
-        clip=1.0,
-        muon_steps=4,
-        muon_exclude="mod|norm_out|time|embed",
-    )
+    config.optimizer = recipes.muon(warmup=100)
     config.mesh = dict(data=-1)
     config.rules = {}
     return config

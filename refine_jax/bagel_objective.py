@@ -32,7 +32,8 @@ from refine_jax.models.bagel import Bagel, BagelConfig, Segments, latent_positio
 from refine_jax.models.layers import init_lora, scale_lora
 from refine_jax.objective import LORA_FILE, Objective
 
-_BLOCK = 128  # tokens
+# Tokens of the smallest block of an attention kernel.
+_BLOCK = 128
 
 
 def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None = None) -> Objective:
@@ -69,8 +70,7 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
         return scale_lora(params["lora"], adapter.alpha / adapter.rank) if adapter else {}
 
     def batches() -> Iterator:
-        tokenizer = source.tokenizer()
-        return _batches(config, model, buckets, tokenizer)
+        return _batches(config, model, buckets, source.tokenizer())
 
     def batch_shapes() -> list[dict[str, Any]]:
         return [
@@ -231,14 +231,14 @@ def _bucket(model: BagelModel, size: tuple[int, int], data: Any) -> packing.Buck
         raise RefineError(f"data.buckets: {size}: give sides that are multiples of {model.stride}")
     latent_position_ids(model.grid(size), model.bagel)  # refuses what is too large
     seen = model.seen_size(size)
-    pair = math.prod(model.grid(size)) + math.prod(seen) // model.bagel.vit.patch_size**2
+    patches = math.prod(seen) // model.bagel.vit.patch_size**2
+    pair = math.prod(model.grid(size)) + patches
     if data.tokens - data.text_length < pair:
         raise RefineError(
             f"data.tokens {data.tokens}: a pair of pictures of {size} takes {pair} tokens, and text {data.text_length} "
             "(data.text_length); give more, or smaller buckets"
         )
     pictures = (data.tokens - data.text_length) // pair
-    patches = math.prod(seen) // model.bagel.vit.patch_size**2
     text = data.text_length - (data.text_length + pictures * patches) % _BLOCK
     if text < 1:
         raise RefineError(f"data.text_length {data.text_length}: give at least {_BLOCK}")

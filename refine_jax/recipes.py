@@ -18,6 +18,22 @@ CHECKPOINTS = {
 LORA_TARGETS = "blocks/attn/(to_q|to_k|to_v|to_out)"
 
 
+def adamw(**changes: object) -> dict[str, object]:
+    """A `config.optimizer`: constant AdamW without warm-up, clipped at a norm of 1."""
+    common = dict(warmup=0, decay=0.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip=1.0, accumulate=1)
+    return dict(name="adamw", **{**common, **changes})
+
+
+def muon(**changes: object) -> dict[str, object]:
+    """A `config.optimizer` of the models that are trained from scratch on a CPU.
+
+    Muon for what mixes features token by token; a modulation acts on one vector a sample and is left to AdamW.
+    """
+    common = dict(learning_rate=4e-3, adam_scale=0.4, decay=0.35, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.01)
+    rules = dict(clip=1.0, muon_steps=4, muon_exclude="mod|norm_out|time|embed")
+    return dict(name="muon", **{**common, **rules, **changes})
+
+
 def edit_lora(variant: str, topology: str, mesh: dict[str, int], **changes: object) -> ml_collections.ConfigDict:
     """The paper's LoRA: rank and alpha 256, AdamW 2e-4, constant, bfloat16, batch 8, 20 000 steps, α = 9 on the band.
 
@@ -46,18 +62,7 @@ def edit_lora(variant: str, topology: str, mesh: dict[str, int], **changes: obje
     # Latents and conditioning tokens made once: the encoder (8 B parameters) and the VAE need no memory, no time and no
     # mesh axis here.
     config.data = dict(source="cache", path="caches", buckets=BUCKETS, text_length=TEXT_LENGTH, workers=4)
-    config.optimizer = dict(
-        name="adamw",
-        learning_rate=2e-4,
-        warmup=0,
-        decay=0.0,
-        b1=0.9,
-        b2=0.999,
-        eps=1e-8,
-        weight_decay=0.01,
-        clip=1.0,
-        accumulate=1,
-    )
+    config.optimizer = adamw(learning_rate=2e-4)
     config.mesh = mesh
     config.rules = {}
     return _changed(config, changes)
@@ -139,18 +144,7 @@ def bagel_rvr(topology: str, mesh: dict[str, int], **changes: object) -> ml_coll
         max_corrupt=0.01,
         workers=8,
     )
-    config.optimizer = dict(
-        name="adamw",
-        learning_rate=1e-4,
-        warmup=2500,
-        decay=0.0,
-        b1=0.9,
-        b2=0.95,
-        eps=1e-15,
-        weight_decay=0.0,
-        clip=1.0,
-        accumulate=1,
-    )
+    config.optimizer = adamw(learning_rate=1e-4, warmup=2500, b2=0.95, eps=1e-15, weight_decay=0.0)
     config.mesh = mesh
     config.rules = {}
     return _changed(config, changes)
@@ -242,20 +236,7 @@ def small_world(**changes: object) -> ml_collections.ConfigDict:
         text_length=26,
         workers=1,
     )
-    config.optimizer = dict(
-        name="muon",
-        learning_rate=4e-3,
-        adam_scale=0.4,
-        warmup=100,
-        decay=0.35,
-        b1=0.9,
-        b2=0.99,
-        eps=1e-8,
-        weight_decay=0.01,
-        clip=1.0,
-        muon_steps=4,
-        muon_exclude="mod|norm_out|time|embed",
-    )
+    config.optimizer = muon(warmup=100)
     config.mesh = dict(data=-1)
     config.rules = {}
     return _changed(config, changes)
