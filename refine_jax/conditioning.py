@@ -75,14 +75,26 @@ class ImageTokens(NamedTuple):
     text_start: jax.Array
 
 
+class Packed(NamedTuple):
+    """Latents of images whose sizes differ from row to row: tokens `[B, N, 4C]` with padding behind, and grids
+    `[B, 2] int32`, (rows, columns) in tokens."""
+
+    tokens: Array
+    grid: Array
+
+
 def image_tokens(
-    target: tuple[int, int, int, int], latents: Sequence[Array], present: Sequence[Array | None], patch: int = 2
+    target: tuple[int, int, int, int],
+    latents: Sequence[Array | Packed],
+    present: Sequence[Array | None],
+    patch: int = 2,
 ) -> ImageTokens:
     """Packs the latents of the condition images, none or several, and places them for the rotary embedding.
 
-    target: the shape (B, h, w, C) of the target's latents; latents[k] `[B, h_k, w_k, C]`; present[k] `[B] bool`, None =
-    always. Image k stands in frame 1 + the number of present images before it, its rows and columns centred on 0
-    (`scale_rope`); the text starts at the largest half-side, in tokens, of what is present (`QwenEmbedRope`).
+    target: the shape (B, h, w, C) of the target's latents; latents[k] `[B, h_k, w_k, C]`, or packed; present[k] `[B]
+    bool`, None = always. Image k stands in frame 1 + the number of present images before it, its rows and columns
+    centred on 0 (`scale_rope`); the text starts at the largest half-side, in tokens, of what is present
+    (`QwenEmbedRope`).
     """
     batch, height, width, channels = target
     grid = (height // patch, width // patch)
@@ -93,12 +105,21 @@ def image_tokens(
     frame, start = frame + 1, jnp.full(batch, text_start([grid]), jnp.int32)
     for image, here in zip(latents, present, strict=True):
         here = jnp.ones(batch, bool) if here is None else jnp.asarray(here, bool)
-        grid = (image.shape[1] // patch, image.shape[2] // patch)
-        tokens.append(flow.pack_latents(image, patch))
-        positions.append(_placed(grid, frame))
-        masks.append(jnp.broadcast_to(here[:, None], (batch, grid[0] * grid[1])))
+        if isinstance(image, Packed):
+            rows, columns = jnp.moveaxis(jnp.asarray(image.grid, jnp.int32), -1, 0)
+            index = jnp.arange(image.tokens.shape[1], dtype=jnp.int32)
+            tokens.append(jnp.asarray(image.tokens))
+            positions.append(_spread(index, rows[:, None], columns[:, None], frame[:, None]))
+            masks.append(here[:, None] & (index < (rows * columns)[:, None]))
+            half = jnp.maximum(rows // 2, columns // 2)
+        else:
+            grid = (image.shape[1] // patch, image.shape[2] // patch)
+            tokens.append(flow.pack_latents(image, patch))
+            positions.append(_placed(grid, frame))
+            masks.append(jnp.broadcast_to(here[:, None], (batch, grid[0] * grid[1])))
+            half = text_start([grid])
         frame = frame + here
-        start = jnp.where(here, jnp.maximum(start, text_start([grid])), start)
+        start = jnp.where(here, jnp.maximum(start, half), start)
     return ImageTokens(
         jnp.concatenate(tokens, axis=1), jnp.concatenate(positions, axis=1), jnp.concatenate(masks, axis=1), start
     )
@@ -108,6 +129,14 @@ def _placed(grid: tuple[int, int], frame: jax.Array) -> jax.Array:
     """Positions of a grid of tokens in the frames `[B]`: `[B, rows·columns, 3] int32`."""
     offset = jnp.stack([frame, jnp.zeros_like(frame), jnp.zeros_like(frame)], axis=-1)
     return jnp.asarray(image_positions([grid])) + offset[:, None]
+
+
+def _spread(index: jax.Array, rows: jax.Array, columns: jax.Array, frame: jax.Array) -> jax.Array:
+    """`_placed` for grids that are not static: token `index` of grids `[B, 1]`, `[B, N, 3] int32`."""
+    columns = jnp.maximum(columns, 1)
+    row = index // columns - (rows - rows // 2)
+    column = index % columns - (columns - columns // 2)
+    return jnp.stack([jnp.broadcast_to(frame, row.shape), row, column], axis=-1)
 
 
 def text_positions(start: jax.Array, length: int) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import meta
 
 from refine_jax import conditioning, prompts
@@ -26,6 +27,7 @@ from refine_jax.models.qwen_vl import (
     QwenVLConfig,
     TextConfig,
     VisionConfig,
+    merged_tokens,
     patch_grid,
     pixels_to_patches,
     vl_image_size,
@@ -245,6 +247,20 @@ def decode_latents(model: ModelConfig, variables: Mapping[str, Any], latents: ja
     return conditioning.to_pixels(QwenVAE(model.vae).apply({"params": variables["vae"]}, z, method="decode"))
 
 
+def look(
+    model: ModelConfig, variables: Mapping[str, Any], lora: Mapping[str, Any], views: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """What the encoder's tower makes of views `[B, H, W, 3]` in 0…255: tokens `[B, M, D]` of each."""
+    if not views:
+        return []
+    grids = [patch_grid(*view.shape[1:3], model.vl.vision) for view in views]
+    patches = [pixels_to_patches(view, model.vl.vision) for view in views]
+    collections = {"params": variables["vl"], "lora": lora.get("vl", {})}
+    tokens = QwenVL(model.vl).apply(collections, patches, grids, method="image_tokens")
+    sizes = [merged_tokens(grid, model.vl.vision.spatial_merge_size) for grid in grids]
+    return jnp.split(tokens, np.cumsum(sizes)[:-1], axis=1)
+
+
 def encode_prompts(
     model: ModelConfig,
     variables: Mapping[str, Any],
@@ -255,14 +271,15 @@ def encode_prompts(
     """Conditioning tokens c = E(X, y) of several prompts about the same images.
 
     prompts: dicts of ids, mask `[B, L]`, positions `[B, L, 3]`, image_index `[B, L]` (`prompts.PromptBatch`); images:
-    the encoder's views `[B, H, W, 3]` in 0…255 (`conditioning.view`), none where no prompt shows any. Returns (tokens
-    `[B, L - dropped, D]`, mask) for each; the pictures are encoded once.
+    the encoder's views `[B, H, W, 3]` in 0…255 (`conditioning.view`), or what `look` made of one, `[B, M, D]`; none
+    where no prompt shows any. Returns (tokens `[B, L - dropped, D]`, mask) for each; the pictures are encoded once.
     """
     encoder = QwenVL(model.vl)
     collections = {"params": variables["vl"], "lora": lora.get("vl", {})}
-    grids = [patch_grid(*image.shape[1:3], model.vl.vision) for image in images]
-    patches = [pixels_to_patches(image, model.vl.vision) for image in images]
-    pictures = encoder.apply(collections, patches, grids, method="image_tokens") if images else None
+    views = [image for image in images if image.ndim == 4]
+    seen = iter(look(model, variables, lora, views))
+    pictures = [next(seen) if image.ndim == 4 else image for image in images]
+    pictures = jnp.concatenate(pictures, axis=1) if images else None
     dropped = model.prompt.drop_tokens
     encoded = []
     for p in prompts:

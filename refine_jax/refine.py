@@ -5,9 +5,11 @@ in picture, size, mask, prompt and presence of a reference. `Refiner` reads pict
 buckets of static shapes, and calls it. The host adds only what decides a static shape: the boxes, in float64.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import math
 import numbers
 import os
@@ -17,19 +19,24 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from PIL import Image
 
-from refine_jax import conditioning, flow, focus, images, loading, parallel, prompts
+from refine_jax import conditioning, executables, flow, focus, images, loading, parallel, prompts, serving
 from refine_jax.errors import RefineError
 from refine_jax.loading import LoraLike
-from refine_jax.model import ModelConfig, Size, decode_latents, encode_images, encode_prompts, velocity
+from refine_jax.model import ModelConfig, Size, decode_latents, encode_images, encode_prompts, look, velocity
+from refine_jax.models.qwen_vl import merged_tokens, patch_grid
 from refine_jax.progress import Progress
+from refine_jax.serving import Bucket, canvas_side, power_of_two
 
 Array = jax.Array | np.ndarray
 
 # Prompt lengths of compiled programs; at most a third of a prompt is padding.
 TEXT_BUCKETS = (48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096)
+
+# Widths over heights of focus crops where few programs are to serve all: a factor of the square root of two apart.
+ASPECTS = tuple(2 ** (k / 2) for k in range(-6, 7))
+_KEPT = 64  # encoded references
 
 
 # ---------------------------------------------------------------------------------------------------------- the program
@@ -40,22 +47,28 @@ class Spec:
     """What is static in one compiled program, besides the shapes of its arguments.
 
     crop: (height, width) at which the VAE sees the crop and its mask, so the size that is generated; crop_views: the
-    sizes on the encoder's way (`ModelConfig.vl_sizes`); reference, reference_views: the same for the reference, None
-    where no region has one. style: of the feathering. report: called with the number of finished steps; None costs
-    nothing.
+    sizes on the encoder's way (`ModelConfig.vl_sizes`). style: of the feathering. report: called with the number of
+    finished steps; None costs nothing.
     """
 
     crop: Size
     crop_views: tuple[Size, ...]
-    reference: Size | None
-    reference_views: tuple[Size, ...] | None
     style: str = "released"
     report: Callable[[Any], None] | None = None
 
 
+class Reference(NamedTuple):
+    """References as the networks see them, of whatever sizes, with padding behind: packed latents `[R, N, 4C] float32`,
+    their grids `[R, 2] int32` (rows, columns), the encoder's tokens `[R, M, D]`."""
+
+    tokens: jax.Array
+    grid: jax.Array
+    seen: jax.Array
+
+
 class Refined(NamedTuple):
-    """What the program returns: pictures `[I, H, W, 3] uint8`; of each region the crop `[R, h, w, 3] uint8` as it was
-    generated, and its normalised latents `[R, h', w', C] float32`."""
+    """What the program returns, of each region: its picture `[R, H, W, 3] uint8`, the crop `[R, h, w, 3] uint8` as it
+    was generated, and its normalised latents `[R, h', w', C] float32`."""
 
     pictures: jax.Array
     crops: jax.Array
@@ -71,17 +84,22 @@ def generate(
     present: Sequence[jax.Array | None],
     read: Sequence[jax.Array],
     report: Callable[[Any], None] | None = None,
+    reference: Reference | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The sampler: B pictures from noise, whatever the conditioning; traced into the programs.
 
     inputs: prompt, negative, sigmas, true_cfg_scale, noise as `refine_program` takes them. seen: the condition images
     `[B, H, W, 3]` of the VAE (maybe none), present: which rows have them (`conditioning.image_tokens`); read: the
-    encoder's views. Both are in 0…255. report: called with the number of finished steps.
+    encoder's views. Both are in 0…255. reference: stands second among seen and read, so `present` counts it. report:
+    called with the number of finished steps.
 
     Returns normalised latents `[B, h, w, C] float32` and the picture, whole numbers `[B, H, W, 3] float32`.
     """
     noise = inputs["noise"]
-    latents = encode_images(model, variables, seen)
+    latents: list[Any] = encode_images(model, variables, seen)
+    if reference is not None:
+        latents.insert(1, conditioning.Packed(reference.tokens, reference.grid))
+        read = [read[0], reference.seen, *read[1:]]
     context = conditioning.image_tokens(noise.shape, latents, present, model.mmdit.patch_size)
     guided = "negative" in inputs
     wanted = [inputs["prompt"]] + ([inputs["negative"]] if guided else [])
@@ -109,49 +127,71 @@ def generate(
     return latents, decode_latents(model, variables, latents)
 
 
+@parallel.program("model", "size", "views", "room")
+def reference_program(
+    variables: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    *,
+    model: ModelConfig,
+    size: Size,
+    views: tuple[Size, ...],
+    room: tuple[int, int],
+) -> Reference:
+    """Encode references, once for all regions that show them.
+
+    inputs: pictures `[B, H, W, 3] uint8`, each in the top-left corner of its canvas; box `[B, 4] int32`: where it lies
+    there, (0, 0, width, height). size: at which the VAE sees them; views: the encoder's (`ModelConfig.vl_sizes`). room:
+    (N, M) tokens of the result, of which what is too much is padding.
+    """
+    view = lambda sizes: jax.vmap(lambda i, b: conditioning.view(i, b, sizes))(inputs["pictures"], inputs["box"])
+    [latents] = encode_images(model, variables, [view((size,))])
+    [seen] = look(model, variables, lora, [view(views)])
+    patch = model.mmdit.patch_size
+    tokens = flow.pack_latents(latents, patch)
+    grid = jnp.array([side // patch for side in latents.shape[1:3]], jnp.int32)
+    padded = lambda x, length: jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0)])
+    return Reference(padded(tokens, room[0]), jnp.broadcast_to(grid, (len(tokens), 2)), padded(seen, room[1]))
+
+
 @parallel.program("model", "spec")
 def refine_program(
     variables: Mapping[str, Any], lora: Mapping[str, Any], inputs: Mapping[str, Any], *, model: ModelConfig, spec: Spec
 ) -> Refined:
-    """Refine R regions in I pictures.
+    """Refine R regions, each of a picture of its own.
 
     inputs:
-      pictures `[I, H, W, 3] uint8`: each in the top-left corner of its canvas;
-      owner `[R] int32`: the picture of a region;
+      pictures `[R, H, W, 3] uint8`: each in the top-left corner of its canvas;
       mask `[R, H, W] uint8`: non-zero is refined; an empty mask makes its region a no-op (padding of a batch);
       box `[R, 4] int32`: the focus crop in its picture (`focus.focus_box`);
-      reference `[R, H', W', 3] uint8`, reference_box `[R, 4] int32` (the whole picture in its canvas),
-      has_reference `[R] bool`: only where `spec.reference`;
+      reference (`Reference`), has_reference `[R] bool`: only where some regions have one;
       prompt, negative: `prompts.PromptBatch` as dicts, `[R, L…]`; without "negative" there is no guidance;
       sigmas `[N + 1] float32`; true_cfg_scale `[R] float32`; noise `[R, h, w, C] float32`.
 
-    Regions of one picture are denoised from the picture as given and pasted in order; pixels of weight 0 keep their
-    bits.
+    Pixels of weight 0 keep their bits.
     """
-    picture = inputs["pictures"][inputs["owner"]]
     marked = jnp.where(inputs["mask"] > 0, jnp.uint8(255), jnp.uint8(0))
     # X = [focus crop, reference, mask crop], for the VAE and for the encoder. Crop and mask are resampled together.
     look = lambda image, box, sizes: jax.vmap(lambda i, b: conditioning.view(i, b, sizes))(image, box)
     split = lambda both: [both[..., :3], jnp.repeat(both[..., 3:], 3, axis=-1)]
     box = inputs["box"]
-    both = jnp.concatenate([picture, marked[..., None]], axis=-1)
+    both = jnp.concatenate([inputs["pictures"], marked[..., None]], axis=-1)
     seen, read = split(look(both, box, (spec.crop,))), split(look(both, box, spec.crop_views))
-    present = [None, None]
-    if spec.reference is not None:
-        reference, reference_box = inputs["reference"], inputs["reference_box"]
-        seen.insert(1, look(reference, reference_box, (spec.reference,)))
-        read.insert(1, look(reference, reference_box, spec.reference_views))
+    present, reference = [None, None], inputs.get("reference")
+    if reference is not None:
         present.insert(1, inputs["has_reference"])
-
-    latents, refined = generate(model, variables, lora, inputs, seen, present, read, spec.report)
-
-    def paste(pictures: jax.Array, region: tuple) -> tuple[jax.Array, None]:
-        owner, crop, box, mask = region
-        return pictures.at[owner].set(focus.paste_back(pictures[owner], crop, box, mask, spec.style)), None
-
+    latents, refined = generate(model, variables, lora, inputs, seen, present, read, spec.report, reference)
     # The released code feathers the mask's grey values, not the binary mask that the model is shown.
-    pictures, _ = jax.lax.scan(paste, inputs["pictures"], (inputs["owner"], refined, box, inputs["mask"]))
+    pictures = jax.lax.map(
+        lambda region: focus.paste_back(*region, spec.style), (inputs["pictures"], refined, box, inputs["mask"])
+    )
     return Refined(pictures, refined.astype(jnp.uint8), latents)
+
+
+@parallel.program("style")
+def paste_program(picture: Array, crop: Array, box: Array, mask: Array, *, style: str) -> jax.Array:
+    """`focus.paste_back`, for the regions of a picture that has several: pasted in turn, each over those before it."""
+    return focus.paste_back(picture, crop, box, mask, style)
 
 
 # ------------------------------------------------------------------------------------------------------------- the door
@@ -159,23 +199,49 @@ def refine_program(
 
 @dataclasses.dataclass(frozen=True)
 class _Region:
-    """One region of one request, decoded: what decides its bucket, and its rows of the program's inputs."""
+    """One region of one request, decoded: its bucket, and its rows of the program's inputs.
 
-    request: int
-    order: int
+    picture, mask: what lies within `window` (x1, y1, x2, y2); box: in the window's pixels. several: whether its picture
+    has other regions too.
+    """
+
+    bucket: Bucket
+    window: tuple[int, int, int, int]
+    picture: np.ndarray
     mask: np.ndarray
     box: np.ndarray
-    crop: Size
-    reference: images.Picture | None
+    reference: "_Shown | None"
     prompt: prompts.TokenizedPrompt
     negative: prompts.TokenizedPrompt | None
     scale: float
+    seed: int
+    order: int
+    noise: np.ndarray | jax.Array | None
+    several: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """A reference: its pixels, their digest, the sizes at which it is seen, its (N, M) tokens."""
+
+    rgb: np.ndarray
+    digest: bytes
+    size: Size
+    views: tuple[Size, ...]
+    tokens: tuple[int, int]
+
+
+class _Base(NamedTuple):
+    """What regions of one batch share."""
+
+    crop: Size
+    views: tuple[Size, ...]
     steps: int
     style: str
-    noise: np.ndarray | jax.Array
+    guided: bool
 
 
-class Refiner:
+class Refiner(serving.Door):
     """A loaded model that refines. Make one with `Refiner.load`; calls share compiled programs and are independent."""
 
     def __init__(
@@ -185,18 +251,16 @@ class Refiner:
         tokenizer: Any,
         lora: Mapping[str, Any] | None = None,
         *,
-        mesh: jax.sharding.Mesh | None = None,
-        rules: parallel.Rules = parallel.DEFAULT_RULES,
+        aspects: Sequence[float] | None = None,
+        **settings: Any,
     ):
-        """variables: trees under "mmdit", "vae", "vl"; lora: trees under the same names (may be empty). With a mesh,
-        both are already placed on it. Raises `RefineError` for a model of another conditioning than "refine"."""
+        """variables: trees under "mmdit", "vae", "vl"; lora: trees under the same names (may be empty). aspects: as
+        `load` takes them; settings: of `serving.Door`. Raises `RefineError` for a model of another conditioning than
+        "refine"."""
         model.require("refining", "refine")
-        self.model = model
-        self.variables = jax.device_put(dict(variables))
-        self.lora = jax.device_put(dict(lora or {}))
-        self._mesh, self._rules = mesh, rules
-        self.tokenizer = tokenizer
-        self._progress = Progress()
+        super().__init__(model, variables, tokenizer, lora, **settings)
+        self.aspects = None if aspects is None else tuple(sorted(map(float, aspects)))
+        self._encoded: collections.OrderedDict[Any, Reference] = collections.OrderedDict()
 
     @classmethod
     def load(
@@ -209,8 +273,12 @@ class Refiner:
         lora: LoraLike | Sequence[LoraLike] = (),
         merge_lora: bool = False,
         scheduler: str | None = None,
+        quantize: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
         rules: parallel.Rules = parallel.DEFAULT_RULES,
+        batch_size: int | None = None,
+        aspects: Sequence[float] | None = None,
+        store: executables.Store | None = None,
         progress: bool = False,
     ) -> "Refiner":
         """Load the bundled "tiny" model, a model folder, a pipeline folder of diffusers, or a name of the model hub.
@@ -222,7 +290,11 @@ class Refiner:
         shift); default: released for a converted or foreign checkpoint, whose steps and guidance are then
         RefineAnything's too (28 steps, true CFG 4.0; with an adapter that is named Lightning, the number of steps in
         its name and 1.0). mesh, rules: shard the weights over a mesh (`parallel.make_mesh`); of a converted
-        folder each host reads its part.
+        folder each host reads its part. quantize: "int8" keeps the large matrices in 8 bits.
+
+        batch_size: every program has so many rows, and a result has the same bits alone or in any batch
+        (`serving`). aspects: widths over heights to which focus crops are grown, so that few programs serve all regions
+        (`ASPECTS`); default: the released geometry, a program for each size of a crop. store: of compiled programs.
 
         Raises `RefineError` for an unknown model or one that regenerates, a damaged folder, adapters that do not fit,
         or areas that are too small.
@@ -240,7 +312,17 @@ class Refiner:
             progress=progress,
             wanted=("refining", "refine"),
         )
-        return cls(loaded.config, loaded.variables, loaded.tokenizer, loaded.lora, mesh=mesh, rules=rules)
+        return cls(
+            loaded.config,
+            loaded.variables,
+            loaded.tokenizer,
+            loaded.lora,
+            mesh=mesh,
+            rules=rules,
+            batch_size=batch_size,
+            aspects=aspects,
+            store=store,
+        )
 
     def refine(
         self,
@@ -292,27 +374,15 @@ class Refiner:
     def refine_batch(self, requests: Sequence[Mapping[str, Any]], *, progress: bool = False) -> list[Image.Image]:
         """Refine several requests, each a dict of `refine`'s arguments; results in the order of the requests.
 
-        Regions that share static shapes run as one batch, padded to a power of two; a result does not depend on its
+        Regions that share static shapes run as one batch, whatever their pictures; a result does not depend on its
         neighbours. All requests are read and checked before anything is computed.
         """
-        pictures, regions = [], []
-        for number, request in enumerate(requests):
-            picture, found = self._read(number, **request)
-            pictures.append(picture)
-            regions += found
-        groups: dict[Any, list[_Region]] = {}
-        for region in regions:
-            groups.setdefault(self._bucket(region, regions), []).append(region)
-        canvases = [picture.rgb for picture in pictures]
-        for bucket, members in groups.items():
-            self._run(bucket, members, canvases, progress)
-        return [picture.with_rgb(canvas) for picture, canvas in zip(pictures, canvases)]
+        return self.run([self.read(**request) for request in requests], progress)
 
     # ------------------------------------------------------------------------------------------------- reading requests
 
-    def _read(
+    def read(
         self,
-        number: int,
         image: images.ImageLike,
         mask_or_box: Any,
         prompt: str | Sequence[str],
@@ -325,15 +395,15 @@ class Refiner:
         focus: bool = True,
         margin: float | None = None,
         feather: str = "released",
-    ) -> tuple[images.Picture, list[_Region]]:
-        """One request, decoded and checked."""
+    ) -> serving.Job:
+        """One request, `refine`'s arguments, decoded and checked; nothing is computed."""
         model = self.model
         picture = images.read_picture(image)
         masks = images.region_masks(mask_or_box, picture.size)
         count = len(masks)
         texts = _per_region(prompt, count, "prompt", str)
-        references = [
-            None if r is None else images.read_picture(r, "reference")
+        shown = [
+            None if r is None else self._shown(images.read_picture(r, "reference"))
             for r in _per_region(reference, count, "reference", (str, os.PathLike, Image.Image, np.ndarray, type(None)))
         ]
         noises = _per_region(noise, count, "noise", (np.ndarray, jax.Array, type(None)))
@@ -353,170 +423,208 @@ class Refiner:
         negative = (model.negative_prompt if negative_prompt is None else negative_prompt) if scale > 1 else None
 
         regions = []
-        for order, (mask, text, reference) in enumerate(zip(masks, texts, references)):
+        for order, (mask, text, reference) in enumerate(zip(masks, texts, shown)):
             box = self._focus(mask, picture.size, margin) if focus else np.array([0, 0, *picture.size], np.int32)
             ratio = int(box[2] - box[0]) / int(box[3] - box[1])
+            if self.aspects is not None:
+                aspect = min(self.aspects, key=lambda a: abs(math.log(a / ratio)))  # noqa: B023
+                box, ratio = grown(box, aspect, picture.size), aspect
             crop = model.vae_size(ratio)
             if max(crop) > 16 * min(crop):
                 raise RefineError(
                     f"{picture.name}: the region to refine is {ratio:.3g} times as wide as high; give a larger margin"
                 )
-            shown = [ratio, reference.size[0] / reference.size[1] if reference else 1.0, ratio]
-            present = [True, reference is not None, True]
-            encode = functools.partial(self._encode, ratios=shown, present=present)
+            pictures = [model.vl_grid(ratio)] * 2
+            if reference is not None:
+                pictures.insert(1, patch_grid(*reference.views[-1], model.vl.vision))
+            encode = functools.partial(self._encode, grids=pictures)
+            prompt, refused = encode(text), None if negative is None else encode(negative)
+            x1, y1, x2, y2 = window = tuple(box.tolist())
+            length = prompts.bucket_length(max(len(p) for p in (prompt, refused) if p is not None), TEXT_BUCKETS)
+            sides = (canvas_side(y2 - y1), canvas_side(x2 - x1))
+            base = _Base(crop, model.vl_sizes(ratio), int(steps), feather, negative is not None)
             regions.append(
                 _Region(
-                    request=number,
-                    order=order,
-                    mask=mask,
-                    box=box,
-                    crop=crop,
+                    bucket=Bucket(base, (*sides, length, *self._room(reference))),
+                    window=window,
+                    picture=picture.rgb[y1:y2, x1:x2],
+                    mask=mask[y1:y2, x1:x2],
+                    box=np.array([0, 0, x2 - x1, y2 - y1], np.int32),
                     reference=reference,
-                    prompt=encode(text),
-                    negative=None if negative is None else encode(negative),
+                    prompt=prompt,
+                    negative=refused,
                     scale=float(scale),
-                    steps=int(steps),
-                    style=feather,
-                    noise=self._noise(crop, seed, order, noises[order]),
+                    seed=int(seed),
+                    order=order,
+                    noise=self._given_noise(crop, noises[order]),
+                    several=count > 1,
                 )
             )
-        return picture, regions
+        return serving.Job(tuple(regions), functools.partial(self._finish, picture, regions))
+
+    def _finish(self, picture: images.Picture, regions: Sequence[_Region], results: Sequence[Any]) -> Image.Image:
+        """The picture with its regions: one, pasted by the program; or several, pasted in turn."""
+        whole = picture.rgb.copy()
+        for region, (pasted, crop) in zip(regions, results):
+            x1, y1, x2, y2 = region.window
+            if region.several:
+                height, width = region.bucket.sizes[:2]
+                under = _cut(whole[y1:y2, x1:x2], height, width)
+                arguments = (under, crop, region.box, _cut(region.mask, height, width))
+                pasted = np.asarray(self.programs.call(paste_program, *arguments, style=region.bucket.base.style))
+            whole[y1:y2, x1:x2] = pasted[: y2 - y1, : x2 - x1]
+        return picture.with_rgb(whole)
+
+    def _shown(self, picture: images.Picture) -> _Shown:
+        ratio = picture.size[0] / picture.size[1]
+        size, views = self.model.vae_size(ratio), self.model.vl_sizes(ratio)
+        tokens = math.prod(self.model.latent_size(size)) // self._patch_area
+        digest = hashlib.blake2b(np.ascontiguousarray(picture.rgb).data, digest_size=16).digest()
+        return _Shown(picture.rgb, digest + repr(picture.size).encode(), size, views, (tokens, self._merged(views)))
+
+    def _room(self, reference: _Shown | None) -> tuple[int, int]:
+        """(N, M) tokens for a reference in a bucket: sizes of one area differ little, so few steps hold all of them."""
+        if reference is None:
+            return 0, 0
+        areas = (
+            self.model.vae_area // self.model.vae.spatial_ratio**2 // self._patch_area,
+            self._merged(self.model.vl_sizes(1.0)),
+        )
+        steps = [max(16, power_of_two(area) // 16) for area in areas]
+        return tuple(-(-count // step) * step for count, step in zip(reference.tokens, steps))
+
+    def _merged(self, views: Sequence[Size]) -> int:
+        """Tokens of a view in a prompt."""
+        return merged_tokens(patch_grid(*views[-1], self.model.vl.vision), self.model.vl.vision.spatial_merge_size)
 
     def _focus(self, mask: np.ndarray, size: tuple[int, int], margin: float) -> np.ndarray:
         box, _ = focus.mask_box(mask)
         return focus.focus_box(box, *size, margin=margin)
 
-    def _encode(self, text: str, ratios: Sequence[float], present: Sequence[bool]) -> prompts.TokenizedPrompt:
-        """A prompt about the pictures present; rows of absent slots are counted when the bucket is known."""
-        grids = [self.model.vl_grid(ratio) for ratio, here in zip(ratios, present) if here]
+    def _encode(self, text: str, grids: Sequence[Size]) -> prompts.TokenizedPrompt:
+        """A prompt about pictures of these grids."""
         return prompts.encode_prompt(
             self.tokenizer, self.model.prompt, text, grids, self.model.vl.vision.spatial_merge_size
         )
 
-    def _noise(self, crop: Size, seed: int, order: int, given: Any) -> Any:
-        """The latent noise `[h, w, C]` of region `order`: `given`, or drawn from the seed."""
-        shape = (*self.model.latent_size(crop), self.model.vae.z_dim)
-        if given is not None:
-            if tuple(given.shape) != shape:
-                raise RefineError(f"noise of shape {tuple(given.shape)}: the crop's latents are {shape} (h, w, C)")
-            return jnp.asarray(given, jnp.float32)
-        words = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, order]
-        key = jax.random.key(words[0])
-        for word in words[1:]:
-            key = jax.random.fold_in(key, np.uint32(word))
-        return jax.random.normal(key, shape, jnp.float32)
+    def _given_noise(self, crop: Size, given: Any) -> Any:
+        if given is None:
+            return None
+        shape = self._noise_shape(crop)
+        if tuple(given.shape) != shape:
+            raise RefineError(f"noise of shape {tuple(given.shape)}: the crop's latents are {shape} (h, w, C)")
+        return given
+
+    def _noise_shape(self, crop: Size) -> tuple[int, int, int]:
+        return (*self.model.latent_size(crop), self.model.vae.z_dim)
 
     # ------------------------------------------------------------------------------------------------- running a bucket
 
-    def _bucket(self, region: _Region, others: Sequence[_Region]) -> Any:
-        """What regions must share to run in one batch; one without a reference joins others that have one."""
-        base = (region.crop, self._views(region), region.steps, region.style, region.negative is not None)
-        if region.reference is None:
-            for other in others:
-                if other.reference is not None and base == self._bucket(other, ())[0]:
-                    return self._bucket(other, ())
-            return base, None
-        ratio = region.reference.size[0] / region.reference.size[1]
-        return base, (self.model.vae_size(ratio), self.model.vl_sizes(ratio))
+    def launch(self, bucket: Bucket, rows: Sequence[_Region], progress: Progress | None = None) -> Any:
+        """Start a batch; (pictures `[R, H, W, 3]`, crops `[R, h, w, 3]`, both uint8 on the devices).
 
-    def _views(self, region: _Region) -> tuple[Size, Size]:
-        x1, y1, x2, y2 = region.box.tolist()
-        return self.model.vl_sizes((x2 - x1) / (y2 - y1))
-
-    def _run(self, bucket: Any, members: list[_Region], canvases: list[np.ndarray], progress: bool) -> None:
-        """Refine the regions of one bucket and write them into `canvases` (a new array where one changes)."""
-        (crop, views, steps, style, guided), reference = bucket
-        spec = Spec(crop, views, *(reference or (None, None)), style, self._progress.step if progress else None)
-        size = power_of_two(len(members))
-        padded = members + [members[0]] * (size - len(members))
-        real = np.arange(size) < len(members)
-
-        # Each picture is cut to what its regions need: the rest of a large photograph never leaves the host.
-        owners = list(dict.fromkeys(m.request for m in members))
-        windows = {}
-        for request in owners:
-            boxes = np.stack([m.box for m in members if m.request == request])
-            windows[request] = np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)]).tolist()
-        height, width = (canvas_side(max(w[axis + 2] - w[axis] for w in windows.values())) for axis in (1, 0))
-
-        def cut(array: np.ndarray, window: Sequence[int]) -> np.ndarray:
-            x1, y1, x2, y2 = window
-            part = array[y1:y2, x1:x2]
-            spare = [(0, height - part.shape[0]), (0, width - part.shape[1])] + [(0, 0)] * (array.ndim - 2)
-            return np.pad(part, spare)
-
-        pictures = [cut(canvases[request], windows[request]) for request in owners]
-        pictures += [np.zeros_like(pictures[0])] * (power_of_two(len(owners)) - len(owners))
-        masks = [cut(m.mask, windows[m.request]) * np.uint8(here) for m, here in zip(padded, real)]
-        length = prompts.bucket_length(
-            max(len(p) for m in members for p in (m.prompt, m.negative) if p is not None), TEXT_BUCKETS
-        )
+        Crops come only where a region's picture has several, otherwise none.
+        """
+        base: _Base = bucket.base
+        height, width, length, *room = bucket.sizes
+        spec = Spec(base.crop, base.views, base.style, progress.step if progress else None)
+        size = self.rows_of(len(rows))
+        padded = [*rows, *[rows[0]] * (size - len(rows))]
+        real = np.arange(size) < len(rows)
         inputs = {
-            "pictures": np.stack(pictures),
-            "owner": np.array([owners.index(m.request) for m in padded], np.int32),
-            "mask": np.stack(masks),
-            "box": np.stack([m.box - np.array(windows[m.request][:2] * 2, np.int32) for m in padded]),
-            "prompt": self._prompts([m.prompt for m in padded], padded, spec, length),
+            "pictures": np.stack([_cut(row.picture, height, width) for row in padded]),
+            "mask": np.stack([_cut(row.mask, height, width) * np.uint8(here) for row, here in zip(padded, real)]),
+            "box": np.stack([row.box for row in padded]),
+            "prompt": self._prompts([row.prompt for row in padded], padded, base, length, room[1]),
             "sigmas": flow.schedule(
-                self.model.scheduler, steps, math.prod(self.model.latent_size(crop)) // self._patch_area
+                self.model.scheduler, base.steps, math.prod(self.model.latent_size(base.crop)) // self._patch_area
             ),
-            "true_cfg_scale": np.array([m.scale for m in padded], np.float32),
-            "noise": jnp.stack([m.noise for m in padded]),
+            "true_cfg_scale": np.array([row.scale for row in padded], np.float32),
         }
-        if guided:
-            inputs["negative"] = self._prompts([m.negative for m in padded], padded, spec, length)
-        if reference is not None:
-            given = [m.reference.rgb if m.reference else np.zeros((1, 1, 3), np.uint8) for m in padded]
-            side = [canvas_side(max(r.shape[axis] for r in given)) for axis in (0, 1)]
-            inputs["reference"] = np.stack(
-                [np.pad(r, [(0, side[0] - r.shape[0]), (0, side[1] - r.shape[1]), (0, 0)]) for r in given]
+        if base.guided:
+            inputs["negative"] = self._prompts([row.negative for row in padded], padded, base, length, room[1])
+        with self.placed(), progress.show(base.steps) if progress else contextlib.nullcontext():
+            inputs["noise"] = serving.draw_noise(
+                [(row.seed, (row.order,), row.noise) for row in padded], self._noise_shape(base.crop)
             )
-            inputs["reference_box"] = np.array([[0, 0, r.shape[1], r.shape[0]] for r in given], np.int32)
-            inputs["has_reference"] = np.array([m.reference is not None for m in padded])
-        with contextlib.ExitStack() as stack:
+            if room[0]:
+                inputs["reference"] = self._references(padded, tuple(room))
+                inputs["has_reference"] = np.array([row.reference is not None for row in padded])
+            arguments = (self.variables, self.lora, inputs)
             if progress:
-                stack.enter_context(self._progress.show(steps))
-            if self._mesh is not None:
-                stack.enter_context(jax.set_mesh(self._mesh))
-                stack.enter_context(nn.logical_axis_rules(self._rules))
-            refined = refine_program(self.variables, self.lora, inputs, model=self.model, spec=spec)
-            results = parallel.fetch(refined.pictures)
-        for index, request in enumerate(owners):
-            x1, y1, x2, y2 = windows[request]
-            canvas = canvases[request].copy()
-            canvas[y1:y2, x1:x2] = results[index, : y2 - y1, : x2 - x1]
-            canvases[request] = canvas
+                refined = refine_program(*arguments, model=self.model, spec=spec)
+                jax.block_until_ready(refined)
+            else:
+                refined = self.programs.call(refine_program, *arguments, model=self.model, spec=spec)
+        return refined.pictures, refined.crops if any(row.several for row in rows) else None
 
     @property
     def _patch_area(self) -> int:
         return self.model.mmdit.patch_size**2
 
+    def _references(self, rows: Sequence[_Region], room: tuple[int, int]) -> Reference:
+        """The references of a batch, encoded now or kept from an earlier one."""
+        wanted = {row.reference.digest: row.reference for row in rows if row.reference is not None}
+        missing: dict[Any, list[_Shown]] = {}
+        for digest, shown in wanted.items():
+            if (digest, room) in self._encoded:
+                self._encoded.move_to_end((digest, room))
+            else:
+                sides = tuple(canvas_side(side) for side in shown.rgb.shape[:2])
+                missing.setdefault((shown.size, shown.views, sides), []).append(shown)
+        for (size, views, (height, width)), group in missing.items():
+            padded = [*group, *[group[0]] * (self.rows_of(len(group)) - len(group))]
+            inputs = {
+                "pictures": np.stack([_cut(shown.rgb, height, width) for shown in padded]),
+                "box": np.array([[0, 0, shown.rgb.shape[1], shown.rgb.shape[0]] for shown in padded], np.int32),
+            }
+            static = dict(model=self.model, size=size, views=views, room=room)
+            encoded = self.programs.call(reference_program, self.variables, self.lora, inputs, **static)
+            for index, shown in enumerate(group):
+                self._encoded[shown.digest, room] = jax.tree.map(lambda x: x[index], encoded)  # noqa: B023
+        found = {digest: self._encoded[digest, room] for digest in wanted}
+        while len(self._encoded) > _KEPT:
+            self._encoded.popitem(last=False)
+        absent = jax.tree.map(jnp.zeros_like, next(iter(found.values())))
+        given = [found[row.reference.digest] if row.reference is not None else absent for row in rows]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *given)
+
     def _prompts(
-        self, rows: Sequence[prompts.TokenizedPrompt], members: Sequence[_Region], spec: Spec, length: int
+        self,
+        texts: Sequence[prompts.TokenizedPrompt],
+        rows: Sequence[_Region],
+        base: _Base,
+        length: int,
+        room: int,
     ) -> dict[str, np.ndarray]:
-        """Padded prompts; where a region leaves the program's reference slot empty, its mask's rows move on."""
-        batch = prompts.pad_prompts(rows, length)
-        index = batch.image_index
-        if spec.reference is not None:
-            vision = self.model.vl.vision
-            tokens = lambda views: math.prod(side // vision.factor for side in views[-1])
-            first, hole = tokens(spec.crop_views), tokens(spec.reference_views)
-            absent = np.array([m.reference is None for m in members])[:, None]
-            index = np.where(absent & (index >= first), index + hole, index)
+        """Padded prompts; behind the reference's room, used or not, the mask's rows move on."""
+        batch = prompts.pad_prompts(texts, length)
+        first = self._merged(base.views)
+        used = np.array([row.reference.tokens[1] if row.reference else 0 for row in rows])[:, None]
+        index = np.where(batch.image_index >= first + used, batch.image_index + room - used, batch.image_index)
         return dict(ids=batch.ids, mask=batch.mask, positions=batch.positions, image_index=index.astype(np.int32))
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-def power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+def grown(box: np.ndarray, aspect: float, size: tuple[int, int]) -> np.ndarray:
+    """The box `[4]`, grown about its centre to `aspect` = width / height as far as the picture, (width, height), goes.
+
+    >>> grown(np.array([10, 10, 20, 20]), 2.0, (100, 100)).tolist()
+    [5, 10, 25, 20]
+    """
+    low, sides = box[:2].astype(int), (box[2:] - box[:2]).astype(int)
+    wanted = np.array([round(sides[1] * aspect), round(sides[0] / aspect)])
+    sides = np.minimum(np.maximum(sides, wanted), size)
+    low = low - (sides - (box[2:] - box[:2])) // 2
+    low = np.clip(low, 0, np.array(size) - sides)
+    return np.concatenate([low, low + sides]).astype(np.int32)
 
 
-def canvas_side(side: int) -> int:
-    """The canvas bucket of a side: at most a quarter more than asked, so that few programs serve all sizes."""
-    step = max(64, power_of_two(side) // 8)
-    return -(-side // step) * step
+def _cut(array: np.ndarray, height: int, width: int) -> np.ndarray:
+    """In the top-left corner of a canvas."""
+    return np.pad(array, [(0, height - len(array)), (0, width - array.shape[1])] + [(0, 0)] * (array.ndim - 2))
 
 
 def _per_region(value: Any, count: int, name: str, kinds: Any) -> list[Any]:

@@ -9,256 +9,56 @@ import dataclasses
 import functools
 import numbers
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from PIL import Image
 
-from refine_jax import bagel, conditioning, flow, images, loading, parallel, prompts
+from refine_jax import bagel, executables, flow, images, loading, parallel, prompts, serving
 from refine_jax.bagel import BagelModel
 from refine_jax.errors import RefineError
 from refine_jax.loading import LoraLike
-from refine_jax.model import ModelConfig, Size
-from refine_jax.models.bagel import Bagel, generate_text, latent_position_ids
+from refine_jax.model import Size
+from refine_jax.models.bagel import latent_position_ids
 from refine_jax.progress import Progress
-from refine_jax.refine import TEXT_BUCKETS, canvas_side, generate, power_of_two
+from refine_jax.refine import TEXT_BUCKETS
+from refine_jax.regenerate_programs import (
+    BagelSpec,
+    MMDiTSpec,
+    answer_program,
+    bagel_program,
+    fit_program,
+    mmdit_program,
+)
+from refine_jax.serving import Bucket, canvas_side, power_of_two
 
 Array = jax.Array | np.ndarray
-
-# --------------------------------------------------------------------------------------- the Qwen-Image MMDiT's program
-
-
-@dataclasses.dataclass(frozen=True)
-class MMDiTSpec:
-    """What is static in one compiled program, besides the shapes of its arguments.
-
-    size: (height, width) that is generated; views: the sizes on the encoder's way (`ModelConfig.vl_sizes`), which
-    decide the prompts' tokens. report: called with the number of finished steps of a round; None costs nothing.
-    """
-
-    size: Size
-    views: tuple[Size, ...]
-    report: Callable[[Any], None] | None = None
-
-
-class Regenerated(NamedTuple):
-    """Pictures `[B, h, w, 3] uint8` of the last round (of none: the input at the size), and of every round
-    `[N, B, h, w, 3] uint8`."""
-
-    pictures: jax.Array
-    rounds: jax.Array
-
-
-@parallel.program("model", "spec")
-def mmdit_program(
-    variables: Mapping[str, Any],
-    lora: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    *,
-    model: ModelConfig,
-    spec: MMDiTSpec,
-) -> Regenerated:
-    """Regenerate B pictures in N rounds, without leaving the device.
-
-    inputs:
-      pictures `[B, H, W, 3] uint8`: each in the top-left corner of its canvas; box `[B, 4] int32`: where it lies there,
-      (0, 0, width, height); has_image `[B] bool`: without, its canvas stays blank and its prompts show none;
-      prompt, negative: `prompts.PromptBatch` as dicts, `[B, L…]`; without "negative" there is no guidance;
-      sigmas `[S + 1] float32`; true_cfg_scale `[B] float32`; noise `[N, B, h, w, C] float32`, N = 0 included.
-
-    A picture is first resized to the size that is generated, then to the encoder's views, so that every round sees its
-    picture in the same way, as in training. Raises `RefineError`, when it is traced, for a model that refines.
-    """
-    model.require("regenerating", "rvr", "rvr_vae")
-    look = lambda pictures, sizes: jax.vmap(lambda picture: conditioning.view(picture, None, sizes))(pictures)
-    first = jax.vmap(lambda picture, box: conditioning.view(picture, box, (spec.size,)))
-    given = {name: value for name, value in inputs.items() if name not in ("pictures", "box", "has_image", "noise")}
-
-    def again(picture: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-        seen = [picture] * len(model.pictures.seen)
-        read = [look(picture, spec.views)]
-        arguments = {**given, "noise": noise}
-        present = [inputs["has_image"]] * len(seen)
-        _, made = generate(model, variables, lora, arguments, seen, present, read, spec.report)
-        return made, made.astype(jnp.uint8)
-
-    picture = first(inputs["pictures"], inputs["box"])
-    picture, rounds = jax.lax.scan(again, picture, inputs["noise"])
-    return Regenerated(picture.astype(jnp.uint8), rounds)
-
-
-# --------------------------------------------------------------------------------------------------- BAGEL's program
-
-
-@dataclasses.dataclass(frozen=True)
-class BagelSpec:
-    """What is static in one compiled program of BAGEL, besides the shapes of its arguments.
-
-    size: (height, width) that is painted; seen: at which the tower sees the picture, None where there is none. The rest
-    as in `Regenerator.regenerate`; text_guided, image_guided: which contexts the guidance needs.
-    """
-
-    size: Size
-    seen: Size | None
-    steps: int
-    shift: float
-    renorm: str
-    renorm_min: float
-    interval: tuple[float, float]
-    text_guided: bool
-    image_guided: bool
-    report: Callable[[Any], None] | None = None
-
-
-class Painted(NamedTuple):
-    """Pictures `[B, h, w, 3] uint8` and the packed latents `[B, N, p·p·C] float32` that they were decoded from."""
-
-    pictures: jax.Array
-    latents: jax.Array
-
-
-@parallel.program("model", "marks", "spec")
-def bagel_program(
-    variables: Mapping[str, Any],
-    lora: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    *,
-    model: BagelModel,
-    marks: bagel.Marks,
-    spec: BagelSpec,
-) -> Painted:
-    """One round: read system, pictures and prompts once, paint, decode.
-
-    inputs: prompt (`bagel.Prompt`, B rows), noise `[B, N, p·p·C] float32`, text_cfg, image_cfg `[B] float32`; where
-    `spec.seen`, also pictures `[B, h, w, 3] uint8` of `spec.size`, system (`bagel.Prompt`), and for a model that is
-    shown latents too, keys `[B]` of the VAE's sample.
-    """
-    system = pixels = latents = None
-    if spec.seen is not None:
-        system = inputs["system"]
-        given = inputs["pictures"].astype(jnp.float32)
-        pixels = jax.vmap(lambda picture: bagel.painted(picture, None, spec.seen))(given)
-        if model.conditioning == "rvr_vae":
-            encode = jax.vmap(lambda x, key: bagel.encode_images(model, variables, x[None], key)[0])
-            latents = bagel.LatentImage(encode(given, inputs["keys"]), model.grid(spec.size))
-    context = bagel.read_prefix(
-        model,
-        variables,
-        lora,
-        marks,
-        system,
-        pixels,
-        inputs["prompt"],
-        drop_text=spec.text_guided,
-        drop_image=spec.image_guided,
-        latents=latents,
-    )
-    guidance = bagel.Guidance(
-        bagel.time_grid(spec.steps, spec.shift),
-        inputs["text_cfg"] if spec.text_guided else None,
-        inputs["image_cfg"] if spec.image_guided else None,
-        spec.renorm,
-        spec.renorm_min,
-        spec.interval,
-    )
-    x = bagel.paint(
-        model, variables, lora, marks, context, inputs["noise"], model.grid(spec.size), guidance, spec.report
-    )
-    return Painted(bagel.decode_latents(model, variables, x, spec.size), x)
-
-
-@parallel.program("model", "marks", "seen", "length", "temperature")
-def answer_program(
-    variables: Mapping[str, Any],
-    lora: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    *,
-    model: BagelModel,
-    marks: bagel.Marks,
-    seen: Size | None,
-    length: int,
-    temperature: float,
-) -> jax.Array:
-    """What the model says after a picture and a question: ids `[B, length] int32`, filled with the end's behind it.
-
-    inputs: prompt (`bagel.Prompt`, B rows), key; where `seen`, the size at which the tower looks, also pictures `[B, H,
-    W, 3] uint8`, of the size of their painting.
-    """
-    pixels = None
-    if seen is not None:
-        pixels = jax.vmap(lambda p: bagel.painted(p, None, seen))(inputs["pictures"].astype(jnp.float32))
-    prompt = inputs["prompt"]
-    context = bagel.read_prefix(model, variables, lora, marks, None, pixels, prompt, drop_text=False, drop_image=False)
-    return generate_text(
-        Bagel(model.bagel),
-        {"params": variables["bagel"], "lora": lora.get("bagel", {})},
-        context.cache,
-        marks.text_start,
-        marks.text_end,
-        segment_index=jnp.full(len(prompt.count), 1 if pixels is None else 2, jnp.int32),
-        position=context.position,
-        length=length,
-        temperature=temperature,
-        key=inputs["key"],
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("size",))
-def _fit(pictures: jax.Array, boxes: jax.Array, size: Size) -> jax.Array:
-    """Pictures in the corners of canvases `[B, H, W, 3] uint8`, boxes `[B, 4]` -> `[B, h, w, 3] uint8`."""
-    return jax.vmap(lambda p, b: bagel.painted(p, b, size))(pictures, boxes).astype(jnp.uint8)
-
 
 # ------------------------------------------------------------------------------------------------------------- the door
 
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """One request, decoded: `bucket` is what requests of a batch share."""
+    """One request, decoded: its bucket, and its rows of the program's inputs."""
 
+    bucket: Bucket
     picture: images.Picture | None
     ids: Any
-    rounds: int
     text_cfg: float
     image_cfg: float
     seed: int
     noise: Any
-    spec: Any
-    length: int
-
-    @property
-    def bucket(self) -> Any:
-        return self.spec, self.rounds, self.length
 
 
-class Regenerator:
+class Regenerator(serving.Door):
     """A loaded model that paints pictures anew (RvR) or from text. Make one with `Regenerator.load`.
 
-    This class is BAGEL's; `MMDiTRegenerator` is the same door to the Qwen-Image MMDiT.
+    This class is BAGEL's, with trees under "bagel", "vae" (LoRA under "bagel"); `MMDiTRegenerator` is the same door to
+    the Qwen-Image MMDiT.
     """
-
-    def __init__(
-        self,
-        model: BagelModel,
-        variables: Mapping[str, Any],
-        tokenizer: Any,
-        lora: Mapping[str, Any] | None = None,
-        *,
-        mesh: jax.sharding.Mesh | None = None,
-        rules: parallel.Rules = parallel.DEFAULT_RULES,
-    ):
-        """variables: trees under "bagel", "vae"; lora: a tree under "bagel" (may be empty). With a mesh, both are
-        already placed on it."""
-        self.model = model
-        self.variables = jax.device_put(dict(variables))
-        self.lora = jax.device_put(dict(lora or {}))
-        self.tokenizer = tokenizer
-        self._mesh, self._rules = mesh, rules
-        self._progress = Progress()
 
     @classmethod
     def load(
@@ -271,15 +71,19 @@ class Regenerator:
         weights: str | None = None,
         lora: LoraLike | Sequence[LoraLike] = (),
         merge_lora: bool = False,
+        quantize: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
         rules: parallel.Rules = parallel.DEFAULT_RULES,
+        batch_size: int | None = None,
+        store: executables.Store | None = None,
         progress: bool = False,
     ) -> "Regenerator":
         """Load a model that regenerates: the bundled "tiny", a model folder, a BAGEL or RvR folder, or a hub's name.
 
         vae_sides, vit_sides: longest and shortest side of an image as it is painted and as the tower sees it (default:
         the model's; released 1024, 512 and 980, 224). dtype: "float32" or "bfloat16", of weights and computation.
-        weights: "rvr" or "ema", where a released folder holds both. lora, merge_lora, mesh, rules: as `Refiner.load`.
+        weights: "rvr" or "ema", where a released folder holds both. lora, merge_lora, quantize, mesh,
+        rules, batch_size, store: as `Refiner.load`.
 
         Raises `RefineError` for an unknown model, a damaged folder, a model that refines regions.
         """
@@ -297,7 +101,8 @@ class Regenerator:
             wanted=("regenerating", "rvr", "rvr_vae"),
         )
         kind = Regenerator if isinstance(loaded.config, BagelModel) else MMDiTRegenerator
-        return kind(loaded.config, loaded.variables, loaded.tokenizer, loaded.lora, mesh=mesh, rules=rules)
+        settings = dict(mesh=mesh, rules=rules, batch_size=batch_size, store=store)
+        return kind(loaded.config, loaded.variables, loaded.tokenizer, loaded.lora, **settings)
 
     def regenerate(
         self,
@@ -405,9 +210,9 @@ class Regenerator:
         if picture is not None:
             size = self.model.painted_size(picture.size[::-1])
             seen = self.model.seen_size(size)
-            inputs["pictures"] = _fit(*_canvases([picture]), size)
+            inputs["pictures"] = fit_program(*_canvases([picture], *_sides_of(picture)), size=size)
         marks = bagel.Marks.of(self.tokenizer)
-        with self._placed():
+        with self.placed():
             said = answer_program(
                 self.variables,
                 self.lora,
@@ -421,30 +226,22 @@ class Regenerator:
             said = parallel.fetch(said)[0][:max_tokens].tolist()
         return self.tokenizer.decode(said[: said.index(marks.text_end)] if marks.text_end in said else said)
 
-    @contextlib.contextmanager
-    def _placed(self) -> Iterator[None]:
-        """The mesh and its rules in force, where there is one."""
-        with contextlib.ExitStack() as stack:
-            if self._mesh is not None:
-                stack.enter_context(jax.set_mesh(self._mesh))
-                stack.enter_context(nn.logical_axis_rules(self._rules))
-            yield
-
     def regenerate_batch(self, requests: Sequence[Mapping[str, Any]], *, progress: bool = False) -> list[Image.Image]:
         """Several requests, each a dict of `regenerate`'s arguments; results in the order of the requests.
 
-        Requests of one size and the same settings run as one batch, padded to a power of two; a result does not depend
-        on its neighbours. All are read and checked before anything is computed.
+        Requests of one size and the same settings run as one batch; a result does not depend on its neighbours. All are
+        read and checked before anything is computed.
         """
-        return self._run_all([self._read(**request) for request in requests], progress)
+        return self.run([self.read(**request) for request in requests], progress)
 
     def generate_batch(self, requests: Sequence[Mapping[str, Any]], *, progress: bool = False) -> list[Image.Image]:
         """Several requests, each a dict of `generate`'s arguments; otherwise as `regenerate_batch`."""
-        return self._run_all([self._read_generation(**request) for request in requests], progress)
+        return self.run([self.read_generation(**request) for request in requests], progress)
 
     # ------------------------------------------------------------------------------------------------- reading requests
 
-    def _read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> _Request:
+    def read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> serving.Job:
+        """One request, `regenerate`'s arguments, decoded and checked; nothing is computed."""
         rounds = _whole("rounds", rounds, 0, 100)
         picture = images.read_picture(image)
         width, height = picture.size
@@ -452,7 +249,8 @@ class Regenerator:
         seen = self.model.seen_size(size)
         return self._request(picture, self.model.prompt.replace("{}", _text(prompt)), rounds, size, seen, settings)
 
-    def _read_generation(self, prompt: str, size: tuple[int, int] | None = None, **settings: Any) -> _Request:
+    def read_generation(self, prompt: str, size: tuple[int, int] | None = None, **settings: Any) -> serving.Job:
+        """One request, `generate`'s arguments, decoded and checked; nothing is computed."""
         model = self.model
         width, height = _sides((model.vae_sides[0],) * 2 if size is None else size, model.stride)
         settings = {
@@ -471,7 +269,7 @@ class Regenerator:
         size: Size,
         seen: Size | None,
         settings: Mapping[str, Any],
-    ) -> _Request:
+    ) -> serving.Job:
         model = self.model
         unknown = sorted(set(settings) - {*_NUMBERS, "steps", "renorm", "interval", "seed", "noise"})
         if unknown:
@@ -511,67 +309,50 @@ class Regenerator:
             image_guided=text_guided and value["image_cfg"] > 1,
         )
         length = prompts.bucket_length(len(ids), _LENGTHS)
-        return _Request(picture, ids, rounds, value["text_cfg"], value["image_cfg"], seed, noise, spec, length)
+        bucket = Bucket((spec, rounds), (*_sides_of(picture), length))
+        return _job(_Request(bucket, picture, ids, value["text_cfg"], value["image_cfg"], seed, noise), rounds)
 
     # ------------------------------------------------------------------------------------------------- running a bucket
 
-    def _run_all(self, requests: list[_Request], progress: bool) -> list[Image.Image]:
-        results: list[Image.Image | None] = [None] * len(requests)
-        groups: dict[Any, list[int]] = {}
-        for number, request in enumerate(requests):
-            if request.rounds == 0:
-                results[number] = Image.fromarray(request.picture.rgb)
-            else:
-                groups.setdefault(request.bucket, []).append(number)
-        for (spec, rounds, length), members in groups.items():
-            pictures = self._run(spec, rounds, length, [requests[k] for k in members], progress)
-            for number, picture in zip(members, pictures):
-                results[number] = Image.fromarray(picture)
-        return results
-
-    def _run(
-        self, spec: BagelSpec, rounds: int, length: int, members: list[_Request], progress: bool
-    ) -> list[np.ndarray]:
-        """Requests of one bucket: their pictures `[h, w, 3] uint8`."""
-        padded = members + [members[0]] * (power_of_two(len(members)) - len(members))
+    def launch(self, bucket: Bucket, rows: Sequence[_Request], progress: Progress | None = None) -> Any:
+        """Start a batch; pictures `[R, h, w, 3] uint8` on the devices."""
+        (spec, rounds), (height, width, length) = bucket
+        padded = [*rows, *[rows[0]] * (self.rows_of(len(rows)) - len(rows))]
         inputs: dict[str, Any] = {
-            "prompt": _padded([m.ids for m in padded], length),
-            "text_cfg": np.array([m.text_cfg for m in padded], np.float32),
-            "image_cfg": np.array([m.image_cfg for m in padded], np.float32),
+            "prompt": _padded([row.ids for row in padded], length),
+            "text_cfg": np.array([row.text_cfg for row in padded], np.float32),
+            "image_cfg": np.array([row.image_cfg for row in padded], np.float32),
         }
-        with contextlib.ExitStack() as stack:
-            if progress:
-                spec = dataclasses.replace(spec, report=self._progress.step)
-            stack.enter_context(self._placed())
+        grid = self.model.grid(spec.size)
+        shape = (grid[0] * grid[1], self.model.bagel.latent_dim)
+        if progress:
+            spec = dataclasses.replace(spec, report=progress.step)
+        with self.placed():
             pictures, marks = None, bagel.Marks.of(self.tokenizer)
             if spec.seen is not None:
                 system = bagel.text_ids(self.tokenizer, self.model.system)
                 inputs["system"] = _padded([system] * len(padded), len(system))
-                pictures = _fit(*_canvases([m.picture for m in padded]), spec.size)
+                canvases = _canvases([row.picture for row in padded], height, width)
+                pictures = self.programs.call(fit_program, *canvases, size=spec.size)
             for number in range(rounds):
                 if spec.seen is not None:
                     inputs["pictures"] = pictures
-                    inputs["keys"] = jnp.stack([_key(m.seed, number, 1) for m in padded])
-                inputs["noise"] = jnp.stack([self._noise(m, number) for m in padded])
-                with self._progress.show(spec.steps - 1) if progress else contextlib.nullcontext():
-                    pictures = bagel_program(
-                        self.variables,
-                        self.lora,
-                        inputs,
-                        model=self.model,
-                        marks=marks,
-                        spec=spec,
-                    ).pictures
-                    if progress:
-                        pictures.block_until_ready()
-            return list(parallel.fetch(pictures)[: len(members)])
+                    inputs["keys"] = jnp.stack([_key(row.seed, number, 1) for row in padded])
+                inputs["noise"] = self._noise(padded, number, shape)
+                arguments, static = (self.variables, self.lora, inputs), dict(model=self.model, marks=marks, spec=spec)
+                if not progress:
+                    pictures = self.programs.call(bagel_program, *arguments, **static).pictures
+                    continue
+                with progress.show(spec.steps - 1):
+                    pictures = bagel_program(*arguments, **static).pictures
+                    pictures.block_until_ready()
+        return pictures
 
-    def _noise(self, request: _Request, number: int) -> jax.Array:
-        grid = self.model.grid(request.spec.size)
-        if request.noise is not None and number == 0:
-            return jnp.asarray(request.noise, jnp.float32)
-        key = _key(request.seed, number, 0)
-        return jax.random.normal(key, (grid[0] * grid[1], self.model.bagel.latent_dim), jnp.float32)
+    @staticmethod
+    def _noise(rows: Sequence[_Request], number: int, shape: tuple[int, ...]) -> jax.Array:
+        """The noise of a round `[R, *shape]`: a request's own counts in the first."""
+        given = [None if number else row.noise for row in rows]
+        return serving.draw_noise([(row.seed, (number, 0), noise) for row, noise in zip(rows, given)], shape)
 
 
 class MMDiTRegenerator(Regenerator):
@@ -582,13 +363,13 @@ class MMDiTRegenerator(Regenerator):
     trained to (`config.data.text_to_image`), with the prompt in the same template.
     """
 
-    def _read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> _Request:
+    def read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> serving.Job:
         rounds = _whole("rounds", rounds, 0, 100)
         picture = images.read_picture(image)
         size = self.model.vae_size(picture.size[0] / picture.size[1])
         return self._mmdit_request(picture, prompt, rounds, size, settings)
 
-    def _read_generation(self, prompt: str, size: tuple[int, int] | None = None, **settings: Any) -> _Request:
+    def read_generation(self, prompt: str, size: tuple[int, int] | None = None, **settings: Any) -> serving.Job:
         model = self.model
         if size is None:
             found = model.vae_size(1.0)
@@ -606,7 +387,7 @@ class MMDiTRegenerator(Regenerator):
 
     def _mmdit_request(
         self, picture: images.Picture | None, prompt: str, rounds: int, size: Size, settings: Mapping[str, Any]
-    ) -> _Request:
+    ) -> serving.Job:
         model = self.model
         given = {name: value for name, value in settings.items() if value is not None}
         if unknown := sorted(set(given) - {"steps", "text_cfg", "seed", "noise"}):
@@ -628,40 +409,36 @@ class MMDiTRegenerator(Regenerator):
         )
         ids = [encode(_text(prompt))] + ([encode(model.negative_prompt)] if scale > 1 else [])
         steps = _whole("steps", given.get("steps", model.steps), 1, 1000)
-        spec = (MMDiTSpec(size, model.vl_sizes(ratio)), steps, len(ids))
         seed = _whole("seed", given.get("seed", 0), -(2**63), 2**63 - 1)
         length = prompts.bucket_length(max(map(len, ids)), TEXT_BUCKETS)
-        return _Request(picture, ids, rounds, float(scale), 1.0, seed, noise, spec, length)
+        blank = images.Picture(np.zeros((*size, 3), np.uint8), None, "")
+        base = (MMDiTSpec(size, model.vl_sizes(ratio)), rounds, steps, len(ids))
+        bucket = Bucket(base, (*_sides_of(picture or blank), length))
+        return _job(_Request(bucket, picture, ids, float(scale), 1.0, seed, noise), rounds)
 
-    def _run(self, spec: Any, rounds: int, length: int, members: list[_Request], progress: bool) -> list[np.ndarray]:
-        spec, steps, texts = spec
-        padded = members + [members[0]] * (power_of_two(len(members)) - len(members))
-        batch = lambda k: vars(prompts.pad_prompts([m.ids[k] for m in padded], length))
+    def launch(self, bucket: Bucket, rows: Sequence[_Request], progress: Progress | None = None) -> Any:
+        (spec, rounds, steps, texts), (height, width, length) = bucket
+        padded = [*rows, *[rows[0]] * (self.rows_of(len(rows)) - len(rows))]
+        batch = lambda k: vars(prompts.pad_prompts([row.ids[k] for row in padded], length))
         grid = self.model.latent_size(spec.size)
         inputs = {
             "prompt": batch(0),
             "sigmas": flow.schedule(self.model.scheduler, steps, grid[0] * grid[1] // self.model.mmdit.patch_size**2),
-            "true_cfg_scale": np.array([m.text_cfg for m in padded], np.float32),
-            "noise": jnp.stack([jnp.stack([self._noise(m, number) for m in padded]) for number in range(rounds)]),
+            "true_cfg_scale": np.array([row.text_cfg for row in padded], np.float32),
         }
         if texts > 1:
             inputs["negative"] = batch(1)
         blank = images.Picture(np.zeros((*spec.size, 3), np.uint8), None, "")
-        inputs["pictures"], inputs["box"] = _canvases([m.picture or blank for m in padded])
-        inputs["has_image"] = np.array([m.picture is not None for m in padded])
-        with contextlib.ExitStack() as stack:
-            if progress:
-                spec = dataclasses.replace(spec, report=self._progress.step)
-                stack.enter_context(self._progress.show(steps))
-            stack.enter_context(self._placed())
-            made = mmdit_program(self.variables, self.lora, inputs, model=self.model, spec=spec)
-            return list(parallel.fetch(made.pictures)[: len(members)])
-
-    def _noise(self, request: _Request, number: int) -> jax.Array:
-        if request.noise is not None and number == 0:
-            return jnp.asarray(request.noise, jnp.float32)
-        shape = (*self.model.latent_size(request.spec[0].size), self.model.vae.z_dim)
-        return jax.random.normal(_key(request.seed, number, 0), shape, jnp.float32)
+        inputs["pictures"], inputs["box"] = _canvases([row.picture or blank for row in padded], height, width)
+        inputs["has_image"] = np.array([row.picture is not None for row in padded])
+        shape = (*grid, self.model.vae.z_dim)
+        with self.placed(), progress.show(steps) if progress else contextlib.nullcontext():
+            inputs["noise"] = jnp.stack([self._noise(padded, number, shape) for number in range(rounds)])
+            arguments = (self.variables, self.lora, inputs)
+            if not progress:
+                return self.programs.call(mmdit_program, *arguments, model=self.model, spec=spec).pictures
+            spec = dataclasses.replace(spec, report=progress.step)
+            return jax.block_until_ready(mmdit_program(*arguments, model=self.model, spec=spec)).pictures
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
@@ -684,10 +461,21 @@ def _padded(rows: Sequence[np.ndarray], length: int) -> bagel.Prompt:
     return bagel.Prompt(ids, np.array([len(row) for row in rows], np.int32))
 
 
-def _canvases(pictures: Sequence[images.Picture]) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures in the corners of canvases of one size `[B, H, W, 3] uint8`, and where they lie there `[B, 4] int32`."""
-    side = [canvas_side(max(p.rgb.shape[axis] for p in pictures)) for axis in (0, 1)]
-    spare = lambda p: [(0, side[0] - p.rgb.shape[0]), (0, side[1] - p.rgb.shape[1]), (0, 0)]
+def _job(request: _Request, rounds: int) -> serving.Job:
+    """Of no rounds the picture is the result."""
+    if rounds == 0:
+        return serving.Job((), lambda _: Image.fromarray(request.picture.rgb))
+    return serving.Job((request,), lambda results: Image.fromarray(results[0]))
+
+
+def _sides_of(picture: images.Picture | None) -> tuple[int, int]:
+    """Height and width of the picture's canvas."""
+    return (0, 0) if picture is None else tuple(canvas_side(side) for side in picture.rgb.shape[:2])
+
+
+def _canvases(pictures: Sequence[images.Picture], height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures in the corners of canvases `[B, H, W, 3] uint8`, and where they lie there `[B, 4] int32`."""
+    spare = lambda p: [(0, height - p.rgb.shape[0]), (0, width - p.rgb.shape[1]), (0, 0)]
     return np.stack([np.pad(p.rgb, spare(p)) for p in pictures]), np.array(
         [[0, 0, *p.size] for p in pictures], np.int32
     )

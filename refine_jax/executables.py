@@ -1,0 +1,213 @@
+"""Compiled programs: kept in memory, counted, and kept on the disk for the next process.
+
+JAX's persistent cache spares the compiler but not the tracing and lowering, which for a network of 60 blocks take
+longer than loading. A `Store` with a folder keeps the executables themselves, as `refine-jax compile` writes them.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.experimental import serialize_executable
+
+from refine_jax import __version__
+from refine_jax.errors import RefineError
+
+SUFFIX = ".executable"
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Counts:
+    """What a `Store` did: programs compiled, read from its folder, refused there; seconds of both."""
+
+    compiled: int = 0
+    loaded: int = 0
+    refused: int = 0
+    compile_seconds: float = 0.0
+    load_seconds: float = 0.0
+
+
+class Store:
+    """Compiled programs by their functions, static arguments, and the shapes of the others.
+
+    folder: of executables written earlier, for these very devices and versions; one that does not fit is left aside
+    with a warning and its program compiled. Its files are code: name a folder that you trust. write: keep there what is
+    compiled. most: programs kept in memory, the least recently used go first.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None = None, *, write: bool = False, most: int = 256):
+        self.folder = None if folder is None else Path(folder)
+        if write and self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RefineError(f"executables {str(folder)!r}: {error.strerror}; give another folder") from None
+        self.counts = Counts()
+        self._write, self._most = write, most
+        self._programs: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self._making: dict[str, threading.Lock] = {}
+
+    def call(self, program: Any, *args: Any, **static: Any) -> Any:
+        """`program(*args, **static)`, a `parallel.Program`, compiled once for arguments of these shapes."""
+        return self.get(program, args, static)(*args)
+
+    def get(self, program: Any, args: tuple, static: Mapping[str, Any]) -> Callable[..., Any]:
+        """The executable for `args`, arrays or `jax.ShapeDtypeStruct`s; called with the arrays alone."""
+        key = _key(program, args, static)
+        with self._lock:
+            if key in self._programs:
+                self._programs.move_to_end(key)
+                return self._programs[key]
+            own = self._making.setdefault(key, threading.Lock())
+        with own:
+            with self._lock:
+                if key in self._programs:
+                    return self._programs[key]
+            made = self._read(key)
+            if made is None:
+                started = time.perf_counter()
+                made = program.lower(*args, **static).compile()
+                self.counts.compiled += 1
+                self.counts.compile_seconds += time.perf_counter() - started
+                if self._write and self.folder is not None:
+                    self._keep(key, made, program)
+            with self._lock:
+                self._programs[key] = made
+                self._making.pop(key, None)
+                while len(self._programs) > self._most:
+                    self._programs.popitem(last=False)
+        return made
+
+    def _read(self, key: str) -> Any:
+        if self.folder is None:
+            return None
+        path, started = self.folder / f"{key}{SUFFIX}", time.perf_counter()
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return self._refuse(path, error.strerror)
+        head, _, body = data.partition(b"\n")
+        try:
+            said = json.loads(head)
+            if said["hardware"] != _hardware():
+                return self._refuse(path, f"made for {said['hardware']['kind']}")
+            if said["versions"] != _versions():
+                return self._refuse(path, "made by other versions")
+            if said["sha256"] != hashlib.sha256(body).hexdigest():
+                return self._refuse(path, "damaged")
+            made = serialize_executable.deserialize_and_load(*pickle.loads(body))
+        except Exception as error:  # of whatever kind a foreign or damaged file brings about
+            return self._refuse(path, f"cannot be loaded ({type(error).__name__})")
+        self.counts.loaded += 1
+        self.counts.load_seconds += time.perf_counter() - started
+        return made
+
+    def _refuse(self, path: Path, reason: str) -> None:
+        self.counts.refused += 1
+        _log.warning("%s: %s; the program is compiled instead", path, reason)
+
+    def _keep(self, key: str, made: Any, program: Any) -> None:
+        body = pickle.dumps(serialize_executable.serialize(made))
+        head = dict(
+            program=program.__name__,
+            hardware=_hardware(),
+            versions=_versions(),
+            sha256=hashlib.sha256(body).hexdigest(),
+        )
+        path = self.folder / f"{key}{SUFFIX}"
+        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            aside.write_bytes(json.dumps(head).encode() + b"\n" + body)
+            aside.replace(path)
+        except OSError as error:
+            _log.warning("%s: not kept (%s)", path, error.strerror)
+        finally:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+
+
+def _hardware() -> dict[str, Any]:
+    """What an executable is bound to: the devices of the mesh in force, or the first."""
+    device = jax.devices()[0]
+    return dict(
+        platform=device.platform,
+        kind=device.device_kind,
+        runtime=device.client.platform_version,
+        devices=jax.device_count(),
+        processes=jax.process_count(),
+        features=_processor() if device.platform == "cpu" else "",
+    )
+
+
+@cache
+def _processor() -> str:
+    """What a host's compiled code may use."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return hashlib.sha256(line.encode()).hexdigest()[:16]
+    import platform
+
+    return platform.processor() or platform.machine()
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """What decides the code of a program besides its arguments, this package's sources included."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    import flax
+    import jaxlib
+
+    return dict(
+        jax=jax.__version__,
+        jaxlib=jaxlib.__version__,
+        flax=flax.__version__,
+        refine_jax=__version__,
+        source=digest.hexdigest()[:16],
+        flags=os.environ.get("XLA_FLAGS", "") + os.environ.get("LIBTPU_INIT_ARGS", ""),
+    )
+
+
+def _key(program: Any, args: tuple, static: Mapping[str, Any]) -> str:
+    """A digest of a program, its static arguments, the shapes and places of the others, and the mesh in force."""
+    leaves, tree = jax.tree.flatten(args)
+    # Where an array lies counts only on a mesh: a plain array and a numpy one run the same program.
+    shapes = [(np.shape(x), _dtype(x), _placed(x)) for x in leaves]
+    mesh = jax.sharding.get_mesh()
+    placed = ""
+    if not mesh.empty:
+        placed = repr((mesh.shape_tuple, [d.id for d in mesh.devices.flat], nn.get_logical_axis_rules()))
+    text = repr((program.__name__, sorted(static.items()), str(tree), shapes, placed))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _dtype(x: Any) -> str:
+    dtype = getattr(x, "dtype", None) or np.asarray(x).dtype
+    return str(jax.dtypes.canonicalize_dtype(dtype) if isinstance(dtype, np.dtype) else dtype)
+
+
+def _placed(x: Any) -> str:
+    sharding = getattr(x, "sharding", None)
+    return str(sharding.spec) if isinstance(sharding, jax.sharding.NamedSharding) else ""

@@ -1,0 +1,149 @@
+"""What the doors to both systems share: decoded requests as rows of batches, buckets of static shapes, one way to run.
+
+A door (`Refiner`, `Regenerator`) reads a request into a `Job` of rows; rows of one bucket run as one batch of one
+compiled program; `Job.finish` makes the picture of its rows' results.
+
+Bits. A compiled program gives a row the same bits wherever it stands and whatever its neighbours are. Programs of other
+shapes need not, since a compiler orders sums as the shapes suggest. So a door with a `batch_size` runs every program
+with exactly so many rows, padded, in the bucket that the row alone decides: a result then depends on its request alone.
+Without, batches are padded to a power of two and buckets are joined, so that few programs serve few calls; results then
+agree within the last bits.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from PIL import Image
+
+from refine_jax import executables, parallel
+from refine_jax.errors import RefineError
+from refine_jax.progress import Progress
+
+
+class Bucket(NamedTuple):
+    """The static shapes of a batch. base: what rows must share; sizes: what may be padded to more, as `join` does."""
+
+    base: Hashable
+    sizes: tuple[int, ...]
+
+
+def join(buckets: Iterable[Bucket]) -> Bucket:
+    """The least bucket that holds the rows of all; their bases are the same."""
+    found = list(buckets)
+    return Bucket(found[0].base, tuple(map(max, zip(*(bucket.sizes for bucket in found)))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One request, decoded. rows: each has a `bucket`; finish: from a result for each row, as numpy arrays."""
+
+    rows: tuple[Any, ...]
+    finish: Callable[[Sequence[Any]], Image.Image]
+
+
+class Door:
+    """A loaded model that turns requests into pictures."""
+
+    def __init__(
+        self,
+        model: Any,
+        variables: Mapping[str, Any],
+        tokenizer: Any,
+        lora: Mapping[str, Any] | None = None,
+        *,
+        mesh: jax.sharding.Mesh | None = None,
+        rules: parallel.Rules = parallel.DEFAULT_RULES,
+        batch_size: int | None = None,
+        store: executables.Store | None = None,
+    ):
+        """variables, lora: trees under the networks' names (lora may be empty); with a mesh, both are already placed on
+        it. batch_size: rows of every program (see above). store: of compiled programs."""
+        if batch_size is not None and not 1 <= batch_size <= 4096:
+            raise RefineError(f"batch_size {batch_size}: give a number from 1 to 4096, or none")
+        self.model = model
+        self.variables = jax.device_put(dict(variables))
+        self.lora = jax.device_put(dict(lora or {}))
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.programs = store or executables.Store()
+        self._mesh, self._rules = mesh, rules
+        self._progress = Progress()
+
+    def launch(self, bucket: Bucket, rows: Sequence[Any], progress: Progress | None = None) -> Any:
+        """Start the rows of one bucket, at most `batch_size`; arrays on the devices, rows first, padding behind."""
+        raise NotImplementedError
+
+    def fetch(self, launched: Any, count: int) -> list[Any]:
+        """Wait for what `launch` returned: of each of the `count` rows its result as numpy arrays."""
+        arrays = jax.tree.map(parallel.fetch, launched)
+        return [jax.tree.map(lambda array: array[row], arrays) for row in range(count)]  # noqa: B023
+
+    def rows_of(self, count: int) -> int:
+        """Rows of the program that runs `count`."""
+        return self.batch_size or power_of_two(count)
+
+    @contextlib.contextmanager
+    def placed(self) -> Iterator[None]:
+        """The mesh and its rules in force, where there is one."""
+        with contextlib.ExitStack() as stack:
+            if self._mesh is not None:
+                stack.enter_context(jax.set_mesh(self._mesh))
+                stack.enter_context(nn.logical_axis_rules(self._rules))
+            yield
+
+    def run(self, jobs: Sequence[Job], progress: bool = False) -> list[Image.Image]:
+        """All jobs, batch after batch; pictures in the order of the jobs."""
+        groups: dict[Any, list[tuple[int, int]]] = {}
+        for number, job in enumerate(jobs):
+            for order, row in enumerate(job.rows):
+                key = row.bucket.base if self.batch_size is None else row.bucket
+                groups.setdefault(key, []).append((number, order))
+        results: dict[tuple[int, int], Any] = {}
+        for members in groups.values():
+            size = self.batch_size or len(members)
+            for first in range(0, len(members), size):
+                batch = members[first : first + size]
+                rows = [jobs[number].rows[order] for number, order in batch]
+                bucket = join(row.bucket for row in rows)
+                launched = self.launch(bucket, rows, self._progress if progress else None)
+                results.update(zip(batch, self.fetch(launched, len(batch))))
+        return [
+            job.finish([results[number, order] for order in range(len(job.rows))]) for number, job in enumerate(jobs)
+        ]
+
+
+def draw_noise(rows: Sequence[tuple[int, tuple[int, ...], Any]], shape: tuple[int, ...]) -> jax.Array:
+    """Noise `[R, *shape] float32`: a row's own where one is given, else drawn from its (seed, numbers) alone."""
+    words = [(seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, *numbers) for seed, numbers, _ in rows]
+    drawn = _drawn(np.array(words, np.uint32), shape)
+    for index, (_, _, given) in enumerate(rows):
+        if given is not None:
+            drawn = drawn.at[index].set(jnp.asarray(given, jnp.float32))
+    return drawn
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _drawn(words: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    def one(row: jax.Array) -> jax.Array:
+        key = functools.reduce(jax.random.fold_in, row[1:], jax.random.key(row[0]))
+        return jax.random.normal(key, shape, jnp.float32)
+
+    return jax.lax.map(one, words)
+
+
+def power_of_two(count: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (count - 1).bit_length()
+
+
+def canvas_side(side: int) -> int:
+    """The canvas bucket of a side: 64, 96, 128, 192, 256, …, so that few programs serve all sizes."""
+    top = max(64, power_of_two(side))
+    return top * 3 // 4 if top > 64 and side <= top * 3 // 4 else top
