@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from refine_jax import __version__, distributed
 from refine_jax.errors import Preempted, RefineError
@@ -182,6 +182,40 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         from refine_jax.data import build
 
         build.add_arguments(data)
+
+    batch = commands.add_parser(
+        "batch",
+        allow_abbrev=False,
+        help="refine and regenerate every request of a manifest",
+        description="Do, or go on with, all requests of a manifest (JSON lines, docs/batch.md). "
+        "--config.KEY=VALUE overrides a key of the configuration.",
+    )
+    batch.add_argument("--manifest", metavar="F.jsonl", help="the requests")
+    batch.add_argument("--output-dir", metavar="DIR", help="results, journal and summary; of a killed run: go on")
+    batch.add_argument(
+        "--check", metavar="F.jsonl", help="only say what is wrong with these requests: without a model, by headers"
+    )
+    compiling = commands.add_parser(
+        "compile",
+        allow_abbrev=False,
+        help="compile the programs of a batch ahead, for this machine's devices",
+        description="Write the executables that the requests of a manifest need to a folder, which `refine-jax batch "
+        "--executables` reads on machines of the same kind. No weights are read.",
+    )
+    compiling.add_argument("--manifest", metavar="F.jsonl", required=True, help="requests like those to come")
+    for command_ in (batch, compiling):
+        command_.add_argument(
+            "--root", metavar="DIR", help="a folder whose files the manifest may name, besides its own"
+        )
+        command_.add_argument("--config", metavar="F", help="configuration file, such as configs/batch_2511_v6e_8.py")
+        command_.add_argument("--model", metavar="tiny|FOLDER|OWNER/NAME", help="of refine requests")
+        command_.add_argument("--regenerator", metavar="tiny|FOLDER|OWNER/NAME", help="of the others")
+        command_.add_argument("--batch-size", metavar="N", type=_positive, help="rows of every program")
+        command_.add_argument("--dtype", choices=("float32", "bfloat16"))
+        command_.add_argument("--quantize", choices=("int8",), help="keep large matrices in 8 bits")
+        command_.add_argument("--executables", metavar="DIR", help="folder of `refine-jax compile`; its files are code")
+        command_.add_argument("--quiet", action="store_true", help="no progress bar")
+    batch.add_argument("--workers", metavar="N", type=_positive, help="threads that decode, and that write")
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -367,12 +401,70 @@ def _evaluate(args: argparse.Namespace) -> None:
     (small_world if args.set == "world" else heldout).run(args)
 
 
+def _batch_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:
+    from refine_jax import configuration, recipes
+
+    config = configuration.load(args.config) if args.config else recipes.batch()
+    for name in ("model", "regenerator", "batch_size", "dtype", "quantize"):
+        if getattr(args, name) is not None:
+            overrides = {name: str(getattr(args, name)), **overrides}
+    for name, text in overrides.items():
+        configuration.override(config, name, text, args.config or "the default configuration")
+    return config
+
+
+def _batch(args: argparse.Namespace, overrides: dict[str, str]) -> int:
+    if args.check:
+        return _check(args)
+    if not args.manifest or not args.output_dir:
+        raise RefineError("batch: give --manifest and --output-dir, or --check")
+    config = _batch_config(args, overrides)
+    distributed.start()  # before anything touches a device
+
+    from refine_jax import batch, executables
+
+    summary = batch.run(
+        config,
+        args.manifest,
+        args.output_dir,
+        root=args.root,
+        store=executables.Store(args.executables),
+        workers=args.workers,
+        progress=not args.quiet,
+    )
+    print(summary.text())
+    return 3 if summary.refused or summary.failed else 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from refine_jax import manifest
+
+    listed, bad = manifest.Manifest(args.check, args.root), 0
+    for refused in manifest.check(listed):
+        bad += 1
+        print(refused.reason)
+    print(f"{len(listed)} requests, {bad} refused")
+    return 3 if bad else 0
+
+
+def _compile(args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    config = _batch_config(args, overrides)
+    if not args.executables:
+        raise RefineError("compile: give --executables, the folder to write")
+
+    from refine_jax import batch, executables
+
+    store = executables.Store(args.executables, write=True)
+    programs = batch.compile_ahead(config, args.manifest, store, root=args.root, progress=not args.quiet)
+    print(f"wrote {store.counts.compiled} executables to {args.executables}; {programs} programs serve these requests")
+
+
 def _overrides(command: str, rest: list[str]) -> dict[str, str]:
     """`--config.KEY=VALUE` of a training or a cache; anything else that the parser did not know is an error."""
     overrides = {}
     for item in rest:
         name, equals, value = item.removeprefix("--config.").partition("=")
-        if command not in ("train", "data") or not item.startswith("--config."):
+        if command not in ("train", "data", "batch", "compile") or not item.startswith("--config."):
             raise RefineError(f"unrecognized argument: {item}; see refine-jax {command} --help")
         if not equals or not name:
             raise RefineError(f"{item}: write --config.KEY=VALUE, with an equals sign and no space")
@@ -382,7 +474,8 @@ def _overrides(command: str, rest: list[str]) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 where a training diverged, 2 for bad input, 69 where the processes
-    of a training did not find or lost each other, 75 where it was preempted and saved, 130 when interrupted."""
+    of a run did not find or lost each other, 75 where it was preempted and saved, 130 when interrupted; 3 where a
+    batch or its check refused some requests."""
     try:
         return distributed.leave(_main(sys.argv[1:] if argv is None else argv))
     except Exception as error:
@@ -408,6 +501,10 @@ def _main(argv: list[str]) -> int:
             _data(args, overrides)
         elif args.command == "evaluate":
             _evaluate(args)
+        elif args.command == "batch":
+            return _batch(args, overrides)
+        elif args.command == "compile":
+            _compile(args, overrides)
     except RefineError as error:
         print(f"refine-jax: {error}", file=sys.stderr)
         return distributed.START_FAILED if isinstance(error, distributed.StartError) else 2

@@ -10,10 +10,11 @@ class RefineError(ValueError):
 
 
 class Preempted(Exception):
-    """A training was told to end (SIGTERM) and has saved its present step: the same command continues it."""
+    """A long run was told to end (SIGTERM) and has kept what it did: the same command continues it."""
 
-    def __init__(self, step: int, steps: int):
-        super().__init__(f"preempted: saved at step {step} of {steps}; run the same command again to continue")
+    def __init__(self, what: str):
+        """what: how far it came."""
+        super().__init__(f"preempted: {what}; run the same command again to continue")
 
 
 def listed(items: Iterable[str]) -> str:

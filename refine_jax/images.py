@@ -349,14 +349,17 @@ def check_output(path: str | os.PathLike, alpha: bool = False, name: str = "outp
         raise RefineError(f"{label}: cannot be written ({reason}); give another place") from None
 
 
-def save_picture(image: Image.Image, path: str | os.PathLike, name: str = "output") -> None:
+def save_picture(image: Image.Image, path: str | os.PathLike, name: str = "output", *, fast: bool = False) -> None:
     """Write `image` aside, then rename: nobody sees half a file. The suffix chooses the format; only JPEG loses detail.
 
-    Raises `RefineError` as `check_output` does, and when the disk is full.
+    fast: a PNG in a third of the time, a little larger. Raises `RefineError` as `check_output` does, and when the disk
+    is full.
     """
     check_output(path, image.has_transparency_data, name)
     path = Path(path)
     options = {"WEBP": {"lossless": True, "exact": True}, "JPEG": {"quality": 95, "subsampling": 0}}
+    if fast:
+        options["PNG"] = {"compress_level": 1}
     kind, aside = WRITABLE[path.suffix.lower()], _aside(path)
     try:
         image.save(aside, format=kind, **options.get(kind, {}))

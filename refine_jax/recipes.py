@@ -247,3 +247,27 @@ SPREAD = dict(embed=("fsdp", "context"), lora_rank=("fsdp", "context"))
 # For full fine-tuning: weights, moments and gradients lie on all chips although the batch is split over two mesh axes,
 # rows over `fsdp`, columns over `data`. On a torus of three axes the compiler has no reduce-scatter over all of them.
 WHOLE = dict(heads="data", mlp="data", time="data")
+
+
+def batch(**changes: object) -> ml_collections.ConfigDict:
+    """What decides the results of `refine-jax batch`, and how they are computed.
+
+    model, regenerator: of refine requests, and of regenerate and generate requests; lora: adapters of each, files or
+    (file, weight). batch_size: rows of every compiled program. aspects: of focus crops (`refine.ASPECTS`; none: the
+    released geometry). mesh: axes of one copy of the model, over as few processes as hold it; copies share the work.
+    topology, buckets: what `tools/aot.py` compiles. changes: other values of top-level keys; dicts are merged.
+    """
+    config = ml_collections.ConfigDict()
+    config.model = "tiny"
+    config.regenerator = "tiny"
+    config.lora = dict(model=(), regenerator=())
+    config.scheduler = ""
+    config.dtype = "float32"
+    config.quantize = ""
+    config.vae_area = 0
+    config.condition_area = 0
+    config.batch_size = 8
+    config.aspects = tuple(2 ** (k / 2) for k in range(-6, 7))
+    config.mesh = dict()
+    config.rules = dict()
+    return _changed(config, changes)

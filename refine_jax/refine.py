@@ -33,6 +33,7 @@ Array = jax.Array | np.ndarray
 
 # Prompt lengths of compiled programs; at most a third of a prompt is padding.
 TEXT_BUCKETS = (48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048, 3072, 4096)
+WIDE_TEXT_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 
 # Widths over heights of focus crops where few programs are to serve all: a factor of the square root of two apart.
 ASPECTS = tuple(2 ** (k / 2) for k in range(-6, 7))
@@ -440,8 +441,9 @@ class Refiner(serving.Door):
             encode = functools.partial(self._encode, grids=pictures)
             prompt, refused = encode(text), None if negative is None else encode(negative)
             x1, y1, x2, y2 = window = tuple(box.tolist())
-            length = prompts.bucket_length(max(len(p) for p in (prompt, refused) if p is not None), TEXT_BUCKETS)
-            sides = (canvas_side(y2 - y1), canvas_side(x2 - x1))
+            lengths = TEXT_BUCKETS if self.aspects is None else WIDE_TEXT_BUCKETS
+            length = prompts.bucket_length(max(len(p) for p in (prompt, refused) if p is not None), lengths)
+            sides = self._canvas(crop, (y2 - y1, x2 - x1))
             base = _Base(crop, model.vl_sizes(ratio), int(steps), feather, negative is not None)
             regions.append(
                 _Region(
@@ -482,16 +484,32 @@ class Refiner(serving.Door):
         digest = hashlib.blake2b(np.ascontiguousarray(picture.rgb).data, digest_size=16).digest()
         return _Shown(picture.rgb, digest + repr(picture.size).encode(), size, views, (tokens, self._merged(views)))
 
+    def _canvas(self, crop: Size, window: Size) -> Size:
+        """The canvas of a window of a picture, both (height, width): with `aspects` 1, 4, 16, … times the crop."""
+        if self.aspects is None:
+            return canvas_side(window[0]), canvas_side(window[1])
+        scale = 1
+        while any(scale * side < wanted for side, wanted in zip(crop, window)):
+            scale *= 4
+        return scale * crop[0], scale * crop[1]
+
     def _room(self, reference: _Shown | None) -> tuple[int, int]:
-        """(N, M) tokens for a reference in a bucket: sizes of one area differ little, so few steps hold all of them."""
+        """(N, M) tokens for a reference in a bucket: room for all up to four times as wide as high, or the other way,
+        whose sizes differ little."""
         if reference is None:
             return 0, 0
-        areas = (
-            self.model.vae_area // self.model.vae.spatial_ratio**2 // self._patch_area,
-            self._merged(self.model.vl_sizes(1.0)),
-        )
-        steps = [max(16, power_of_two(area) // 16) for area in areas]
-        return tuple(-(-count // step) * step for count, step in zip(reference.tokens, steps))
+        return tuple(map(max, self._usual_room, reference.tokens))
+
+    @functools.cached_property
+    def _usual_room(self) -> tuple[int, int]:
+        model = self.model
+        sizes = focus.aspect_buckets(model.vae_area, model.multiple)
+        views = [
+            model.vl_sizes(width / height)
+            for height, width in focus.aspect_buckets(model.condition_area, model.multiple)
+        ]
+        seen = max(math.prod(model.latent_size(size)) for size in sizes) // self._patch_area
+        return seen, max(map(self._merged, views))
 
     def _merged(self, views: Sequence[Size]) -> int:
         """Tokens of a view in a prompt."""

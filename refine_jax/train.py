@@ -4,10 +4,8 @@ An objective (`refine_jax.objectives`) says what is trained: its initial variabl
 result is written. `make_program` builds the step, `train` runs it; both read from top to bottom.
 """
 
-import ast
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import re
 import sys
@@ -26,7 +24,7 @@ from flax import linen as nn
 from flax.linen import meta
 from tqdm import tqdm
 
-from refine_jax import checkpoint, objectives, parallel
+from refine_jax import checkpoint, configuration, objectives, parallel
 from refine_jax.errors import Preempted, RefineError
 from refine_jax.watch import Watch
 
@@ -44,73 +42,12 @@ class TrainState:
 
 
 def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
-    """The configuration that `get_config()` of a Python file returns, with `overrides` ("a.b": "value") applied.
-
-    Raises `RefineError` naming the file for a missing file, an unknown key or a value of another type.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise RefineError(f"--config {str(path)!r}: no such file; the shipped ones are in configs/")
-    spec = importlib.util.spec_from_file_location("refine_jax_config", path)
-    if spec is None or spec.loader is None:
-        raise RefineError(f"--config {str(path)!r}: not a Python file; the shipped ones are in configs/")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # a configuration is the user's code
-        raise RefineError(f"--config {str(path)!r}: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    if not hasattr(module, "get_config"):
-        raise RefineError(f"--config {str(path)!r}: defines no get_config(); see the shipped ones in configs/")
-    config = module.get_config()
-    for name, text in (overrides or {}).items():
-        _override(config, name, text, path.name)
+    """`configuration.load`, of a training. Raises `RefineError` as it does, and for counts below 1."""
+    config = configuration.load(path, overrides)
     for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
         if config[name] < 1:
             raise RefineError(f"--config.{name}={config[name]}: give a whole number of at least 1")
-    config.lock()
     return config
-
-
-def _override(config: ml_collections.ConfigDict, name: str, text: str, file: str) -> None:
-    """Set the key `name` ("a.b.c") to what `text` says: a JSON or Python value of the old value's type."""
-    *above, last = name.split(".")
-    group = config
-    try:
-        for part in above:
-            group = group[part]
-        # Mesh axes and sharding rules have defaults that a file need not repeat.
-        old = group.get(last) if above in (["mesh"], ["rules"]) else group[last]
-    except (KeyError, AttributeError, TypeError):
-        raise RefineError(f"--config.{name}: {file} has no such key") from None
-    value = text
-    if not isinstance(old, str):
-        for read in (json.loads, ast.literal_eval):
-            try:
-                value = read(text)
-                break
-            except (ValueError, SyntaxError, RecursionError):
-                pass
-    value = _tuples(value)
-    kind = type(old).__name__
-    if isinstance(old, ml_collections.ConfigDict):
-        fits, kind = isinstance(value, dict), "dict"
-    elif isinstance(old, (tuple, list)):
-        fits = isinstance(value, (tuple, list))
-    elif isinstance(old, float):
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if fits else value
-    else:
-        fits = old is None or type(value) is type(old)
-    if not fits:
-        raise RefineError(f"--config.{name}={text}: a {kind} is wanted, this is a {type(value).__name__}")
-    with config.unlocked():
-        group[last] = ml_collections.ConfigDict(value) if isinstance(value, dict) else value
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def make_schedule(config: ml_collections.ConfigDict, steps: int, scale: float = 1.0) -> optax.Schedule:
@@ -348,7 +285,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
                 save(done)
             if stop:
                 checkpoint.finish(mngr)
-                raise Preempted(done, config.steps)
+                raise Preempted(f"saved at step {done} of {config.steps}")
             watch.pictures(done, state.ema or state.params, frozen)
         checkpoint.finish(mngr)
 

@@ -1,0 +1,663 @@
+"""Batch inference: every request of a manifest to its result file, whatever dies on the way.
+
+One pass over the manifest: requests are read and decoded by a pool of threads, consumed in the manifest's order, and
+their rows put into queues, one for each bucket (`serving.Bucket`: a compiled program and its shapes). A full queue is a
+batch. Batches run one behind the other while earlier results are encoded and written and later requests decoded.
+
+Which rows make a batch follows from the order of the requests alone, never from timing, so that processes that share
+the chips of one model agree on it without a word. And a row's bits do not depend on its batch (`serving`).
+
+    OUTPUT/run.json              what decides the results; a run with other settings is refused
+    OUTPUT/results/ID.png        written aside, then renamed
+    OUTPUT/journal/*.jsonl       a line a request, appended once its result stands; a file for each process and start
+    OUTPUT/results.jsonl         the last line of each request, in the manifest's order
+    OUTPUT/summary.json          how many of each, and how well the device was used
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+
+from refine_jax import executables, images, loading, parallel, serving
+from refine_jax.errors import Preempted, RefineError
+from refine_jax.manifest import Manifest, Refused, Request
+from refine_jax.refine import Refiner
+from refine_jax.regenerate import Regenerator
+
+DONE, REFUSED, FAILED = "done", "refused", "failed"
+_AHEAD = 2  # batches decoded before they are needed
+_WAITING = 16  # batches' worth of rows that may wait in queues for others of their bucket
+_PIXELS = 200_000_000  # of pictures that may wait there
+_FAILURES = 3  # batches in a row, and the run stops
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a run did. seconds: from the first launch on, without waits for the compiler; device_seconds: of work."""
+
+    requests: int = 0
+    done: int = 0
+    refused: int = 0
+    failed: int = 0
+    skipped: int = 0
+    batches: int = 0
+    rows: int = 0
+    padding: int = 0
+    programs: int = 0
+    programs_loaded: int = 0
+    compile_seconds: float = 0.0
+    first_result_seconds: float = 0.0
+    seconds: float = 0.0
+    device_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+    @property
+    def busy(self) -> float:
+        """Share of the time after the first batch in which the device worked."""
+        return self.device_seconds / self.seconds if self.seconds > 0 else 1.0
+
+    def text(self) -> str:
+        """For a reader."""
+        rate = self.done / self.total_seconds if self.total_seconds else 0.0
+        lines = [
+            f"{self.done} done, {self.refused} refused, {self.failed} failed"
+            + (f", {self.skipped} done before" if self.skipped else "")
+            + f", of {self.requests}",
+            f"{self.batches} batches, {self.rows} rows and {self.padding} of padding;"
+            f" {self.programs} programs compiled in {self.compile_seconds:.1f} s, {self.programs_loaded} loaded",
+            f"first result after {self.first_result_seconds:.1f} s, {self.total_seconds:.1f} s in all"
+            f" ({rate:.2f} results/s); after warm-up the device was busy {self.busy:.1%} of {self.seconds:.1f} s",
+        ]
+        return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------- the journal
+
+
+class Journal:
+    """What became of each request, by its id: the lines of all processes and starts."""
+
+    def __init__(self, folder: Path, process: int = 0):
+        """Reads the journals of earlier starts. A line that a killed process left unfinished does not count."""
+        self.folder = folder
+        self.entries: dict[str, dict[str, Any]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob("*.jsonl")):
+            self.entries.update((entry["id"], entry) for entry in _complete_lines(path))
+        number = 0
+        while True:  # a file of its own: whoever was killed may have left half a line in the last one
+            path = folder / f"{len(list(folder.glob('*.jsonl'))) + number:06d}-{process:05d}.jsonl"
+            try:
+                self._file = open(path, "x", encoding="utf-8")
+                break
+            except FileExistsError:
+                number += 1
+        self._lock = threading.Lock()
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Append a line, in one write. Raises `RefineError` when the disk is full."""
+        with self._lock:
+            try:
+                self._file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise RefineError(f"{self._file.name}: cannot be written ({error.strerror}); run again") from None
+
+    def close(self) -> None:
+        self._file.close()
+        if os.path.getsize(self._file.name) == 0:
+            os.unlink(self._file.name)
+
+
+def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line) if line.endswith(b"\n") else None
+                if isinstance(entry, dict) and isinstance(entry.get("id"), str):
+                    yield entry
+
+
+# -------------------------------------------------------------------------------------------------------- the scheduler
+
+
+@dataclasses.dataclass
+class _Task:
+    """A request on its way: its job and the results of its rows so far."""
+
+    request: Request
+    door: serving.Door
+    job: serving.Job
+    results: list[Any]
+    missing: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    door: serving.Door
+    bucket: serving.Bucket
+    rows: list[tuple[_Task, int]]
+
+
+class Scheduler:
+    """Fills batches from requests in order and runs them, with the host's work before and behind overlapped."""
+
+    def __init__(
+        self,
+        doors: Mapping[str, Callable[[], serving.Door]],
+        finish: Callable[[Request, Any], None],
+        refuse: Callable[[Request | Refused, str, str], None],
+        *,
+        batch_size: int,
+        workers: int,
+    ):
+        """doors: makers of the doors, by task. finish: takes a request and its picture, in threads of its own; refuse:
+        a request, what it is (`REFUSED`, `FAILED`) and why. workers: threads that decode, and as many that finish."""
+        self._doors, self._finish, self._refuse = doors, finish, refuse
+        self._batch_size, self._workers = batch_size, workers
+        self._queues: collections.OrderedDict[Any, list[tuple[_Task, int]]] = collections.OrderedDict()
+        self._batches: queue.Queue[_Batch | None] = queue.Queue(maxsize=2)
+        self._flying: queue.Queue[tuple[_Batch, Any, float] | None] = queue.Queue(maxsize=1)
+        self._clock = _Clock()
+        self._open = threading.Semaphore(4 * batch_size + 2 * workers)  # results that wait to be written
+        self._errors: list[BaseException] = []
+        self._stop = threading.Event()
+        self._pixels = 0
+        self._failures = 0
+        self.summary = Summary()
+
+    def stop(self) -> None:
+        """Start nothing more; `run` ends once what runs is written. For signal handlers."""
+        self._stop.set()
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.is_set()
+
+    def run(self, requests: Iterator[Request | Refused]) -> None:
+        """Until all are done. Raises what cannot be laid to one request: a full disk, a lost device."""
+        self._started = time.perf_counter()
+        with (
+            ThreadPoolExecutor(self._workers, "decode") as decoders,
+            ThreadPoolExecutor(self._workers, "write") as self._writers,
+        ):
+            threads = [threading.Thread(target=t, daemon=True) for t in (self._launch_all, self._land_all)]
+            for thread in threads:
+                thread.start()
+            try:
+                self._feed(requests, decoders)
+            except BaseException as error:
+                self._errors.append(error)
+                self._stop.set()
+            self._batches.put(None)
+            for thread in threads:
+                thread.join()
+        self.summary.seconds, self.summary.device_seconds = self._clock.read()
+        self.summary.total_seconds = time.perf_counter() - self._started
+        if self._errors:
+            raise self._errors[0]
+
+    def _feed(self, requests: Iterator[Request | Refused], decoders: ThreadPoolExecutor) -> None:
+        ahead: collections.deque[tuple[Request | Refused, Future | None]] = collections.deque()
+        exhausted = False
+        while not self._stop.is_set():
+            while not exhausted and len(ahead) < _AHEAD * self._batch_size:
+                request = next(requests, None)
+                if request is None:
+                    exhausted = True
+                else:
+                    refused = isinstance(request, Refused)
+                    ahead.append((request, None if refused else decoders.submit(self._decode, request)))
+            if not ahead:
+                break
+            request, future = ahead.popleft()
+            if future is None:
+                self._refuse(request, REFUSED, request.reason)
+                continue
+            try:
+                task = future.result()
+            except RefineError as error:
+                self._refuse(request, REFUSED, str(error))
+                continue
+            except Exception as error:  # whatever a strange file brings about is that request's own
+                self._refuse(request, FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                continue
+            self._add(task)
+        for _, future in ahead:
+            if future is not None:
+                future.cancel()
+        while self._queues and not self._stop.is_set():
+            self._dispatch(next(iter(self._queues)))
+
+    def _decode(self, request: Request) -> _Task:
+        door = self._doors[request.task]()
+        read = door.read_generation if request.task == "generate" else door.read
+        job = read(**request.arguments)
+        return _Task(request, door, job, [None] * len(job.rows), len(job.rows))
+
+    def _add(self, task: _Task) -> None:
+        if not task.job.rows:
+            self._done(task)
+        for order, row in enumerate(task.job.rows):
+            key = (id(task.door), row.bucket)
+            self._queues.setdefault(key, []).append((task, order))
+            self._pixels += _pixels(row.bucket)
+            if len(self._queues[key]) == self._batch_size:
+                self._dispatch(key)
+        waiting = sum(map(len, self._queues.values()))
+        while self._queues and (waiting > _WAITING * self._batch_size or self._pixels > _PIXELS):
+            key = next(iter(self._queues))  # the oldest
+            waiting -= len(self._queues[key])
+            self._dispatch(key)
+
+    def _dispatch(self, key: Any) -> None:
+        rows = self._queues.pop(key)
+        self._pixels -= len(rows) * _pixels(key[1])
+        batch = _Batch(rows[0][0].door, key[1], rows)
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._batches.put(batch, timeout=0.2)
+                return
+
+    # ------------------------------------------------------------------------------------------- the device's threads
+
+    def _launch_all(self) -> None:
+        """Launches batches, at most one ahead of the one that runs."""
+        while (batch := self._batches.get()) is not None:
+            if self._stop.is_set():
+                continue
+            counts = batch.door.programs.counts
+            made, started = counts.compiled + counts.loaded, time.perf_counter()
+            try:
+                launched = batch.door.launch(batch.bucket, [task.job.rows[order] for task, order in batch.rows])
+            except Exception as error:
+                self._fail(batch, error)
+                continue
+            at = time.perf_counter()
+            if counts.compiled + counts.loaded > made:
+                self._clock.preparing.append((started, at))
+            self._flying.put((batch, launched, at))
+        self._flying.put(None)
+
+    def _land_all(self) -> None:
+        """Waits for batches, in the order in which they were launched."""
+        while (item := self._flying.get()) is not None:
+            batch, launched, at = item
+            try:
+                jax.block_until_ready(launched)
+                self._clock.working.append((at, time.perf_counter()))
+                results = batch.door.fetch(launched, len(batch.rows))
+            except Exception as error:
+                self._fail(batch, error)
+                continue
+            self._failures = 0
+            self.summary.batches += 1
+            self.summary.rows += len(batch.rows)
+            self.summary.padding += batch.door.rows_of(len(batch.rows)) - len(batch.rows)
+            for (task, order), result in zip(batch.rows, results):
+                task.results[order] = result
+                task.missing -= 1
+                if task.missing == 0:
+                    self._done(task)
+
+    def _fail(self, batch: _Batch, error: Exception) -> None:
+        """A batch that did not run, for want of memory for instance: its requests have failed, others go on."""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        for task in dict.fromkeys(id(task) for task, _ in batch.rows):
+            owner = next(t for t, _ in batch.rows if id(t) == task)
+            if owner.missing > 0:
+                owner.missing = -(2**30)  # its other rows come to nothing
+                self._refuse(owner.request, FAILED, reason)
+        self._failures += 1
+        if self._failures >= _FAILURES:
+            self._errors.append(RefineError(f"{_FAILURES} batches in a row failed ({reason}); give a smaller batch"))
+            self._stop.set()
+
+    def _done(self, task: _Task) -> None:
+        self._open.acquire()
+
+        def finish() -> None:
+            try:
+                self._finish(task.request, task.job.finish(task.results))
+                if not self.summary.first_result_seconds:
+                    self.summary.first_result_seconds = time.perf_counter() - self._started
+            except BaseException as error:
+                self._errors.append(error)
+                self._stop.set()
+            finally:
+                self._open.release()
+
+        self._writers.submit(finish)
+
+
+class _Clock:
+    """When the device worked (from launch to result), and when programs were compiled or loaded: intervals."""
+
+    def __init__(self) -> None:
+        self.working: list[tuple[float, float]] = []
+        self.preparing: list[tuple[float, float]] = []
+
+    def read(self) -> tuple[float, float]:
+        """(seconds from the first launch to the last result, without those in which a program was made and the device
+        had nothing else to do; seconds of work in them)."""
+        if not self.working:
+            return 0.0, 0.0
+        first, last = self.working[0][0], max(end for _, end in self.working)
+        work = _measure(self.working)
+        within = [(max(start, first), min(end, last)) for start, end in self.preparing if start < last and end > first]
+        return last - first - (_measure([*self.working, *within]) - work), work
+
+
+def _measure(intervals: Sequence[tuple[float, float]]) -> float:
+    """The length of a union of intervals."""
+    total, reached = 0.0, -float("inf")
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _pixels(bucket: serving.Bucket) -> int:
+    return int(np.prod(bucket.sizes[:2]))
+
+
+# -------------------------------------------------------------------------------------------------------------- the run
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    manifest: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    root: str | os.PathLike | None = None,
+    store: executables.Store | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Summary:
+    """Do, or go on with, all requests of a manifest. config: of `recipes.batch`.
+
+    Returns what this process did and, of requests done by an earlier start, that they were. Raises `RefineError` for a
+    manifest that cannot be read, an output folder of other settings, a full disk; `Preempted` after SIGTERM or SIGINT.
+    """
+    output = Path(output)
+    listed = Manifest(manifest, root)
+    doors = Doors(config, store or executables.Store())
+    _claim(output, config, doors)
+    with contextlib.suppress(FileExistsError):
+        (output / "results").mkdir()
+    journal = Journal(output / "journal", jax.process_index())
+    if jax.process_count() > 1:  # nobody writes before all have read
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("the journals are read")
+    share, shares, leads = doors.share
+    for name in (output / "results").glob(".*.partial"):  # of processes that were killed
+        if shares == 1:
+            name.unlink(missing_ok=True)
+    todo = _remaining(listed, journal.entries, output)
+    mine = todo[share::shares]
+    written = journal if leads else None
+    lock, bar = threading.Lock(), tqdm(total=len(mine), unit="request", disable=not progress, desc="requests")
+
+    def record(request: Request | Refused, status: str, **more: Any) -> None:
+        entry = dict(id=request.id or f"line {request.line}", line=request.line, status=status)
+        if isinstance(request, Request):
+            entry["digest"] = request.digest
+        with lock:
+            setattr(scheduler.summary, status, getattr(scheduler.summary, status) + 1)
+            bar.update()
+        entry |= more
+        if written is not None and journal.entries.get(entry["id"]) != entry:
+            written.add(entry)
+
+    def finish(request: Request, picture: Any) -> None:
+        file = f"results/{request.id}.png"
+        if written is not None:
+            images.save_picture(picture, output / file, "result", fast=True)
+        record(request, DONE, file=file, size=list(picture.size))
+
+    def refuse(request: Request | Refused, status: str, reason: str) -> None:
+        record(request, status, reason=reason)
+
+    scheduler = Scheduler(
+        doors.by_task, finish, refuse, batch_size=config.batch_size, workers=workers or min(8, os.cpu_count() or 1)
+    )
+    try:
+        with bar, _signals(scheduler.stop):
+            scheduler.run(listed.read(index) for index in mine)
+    finally:
+        journal.close()
+        summary = scheduler.summary
+        summary.requests, summary.skipped = len(listed), len(listed) - len(todo)
+        summary.programs, summary.programs_loaded = doors.store.counts.compiled, doors.store.counts.loaded
+        summary.compile_seconds = doors.store.counts.compile_seconds
+        if leads:
+            _report(output, listed, summary, share)
+    if scheduler.stopped:
+        done = summary.done + summary.refused + summary.failed
+        raise Preempted(f"{done} of {len(mine)} requests are recorded")
+    return summary
+
+
+def compile_ahead(
+    config: ml_collections.ConfigDict,
+    manifest: str | os.PathLike,
+    store: executables.Store,
+    *,
+    root: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> int:
+    """Compile what the requests of a manifest need, from shapes alone; the number of their buckets.
+
+    Requests that are refused are left out. Raises `RefineError` as `run`.
+    """
+    listed = Manifest(manifest, root)
+    doors = Doors(config, store, weights=False)
+    seen: set[Any] = set()
+    for request in tqdm(listed, unit="request", disable=not progress, desc="requests"):
+        if isinstance(request, Refused):
+            continue
+        door = doors.by_task[request.task]()
+        try:
+            job = (door.read_generation if request.task == "generate" else door.read)(**request.arguments)
+        except RefineError:
+            continue
+        for row in job.rows:
+            if (key := (id(door), row.bucket)) not in seen:
+                seen.add(key)
+                door.launch(row.bucket, [row])
+    return len(seen)
+
+
+class Doors:
+    """The models of a batch, loaded when a request first asks for one; their mesh and this process's share."""
+
+    def __init__(self, config: ml_collections.ConfigDict, store: executables.Store):
+        self._config, self.store = config, store
+        self._lock = threading.Lock()
+        self._loaded: dict[str, serving.Door] = {}
+        self.by_task = {
+            "refine": lambda: self._door("model"),
+            "regenerate": lambda: self._door("regenerator"),
+            "generate": lambda: self._door("regenerator"),
+        }
+        self.mesh, self.share = _group(dict(config.mesh))
+
+    def names(self) -> dict[str, str]:
+        """What the run's models are, for its identity."""
+        return {name: _identity(self._config[name]) for name in ("model", "regenerator")}
+
+    def _door(self, name: str) -> serving.Door:
+        with self._lock:
+            if name not in self._loaded:
+                self._loaded[name] = self._load(name)
+            return self._loaded[name]
+
+    def _load(self, name: str) -> serving.Door:
+        config = self._config
+        common = dict(
+            dtype=config.dtype,
+            mesh=self.mesh,
+            rules=parallel.make_rules(config.rules),
+            batch_size=config.batch_size,
+            store=self.store,
+            lora=[tuple(item) if isinstance(item, (list, tuple)) else item for item in config.lora[name]],
+        )
+        if name == "regenerator":
+            return Regenerator.load(config.regenerator, **common)
+        return Refiner.load(
+            config.model,
+            scheduler=config.scheduler or None,
+            aspects=config.aspects or None,
+            vae_area=config.vae_area or None,
+            condition_area=config.condition_area or None,
+            **common,
+        )
+
+
+def _group(axes: Mapping[str, int]) -> tuple[jax.sharding.Mesh | None, tuple[int, int, bool]]:
+    """The mesh of the processes that share one model with this one, and (share, shares, whether this one writes).
+
+    As few processes as hold the axes other than `data` together; `data` spans what is left of them.
+    """
+    here, processes = jax.local_device_count(), jax.process_count()
+    ways = int(np.prod([size for name, size in axes.items() if name != "data"]))
+    together = -(-ways // here)
+    if processes % together or (together * here) % ways:
+        raise RefineError(
+            f"mesh: {dict(axes)} takes {ways} devices a model; {processes} processes of {here} devices do not divide so"
+        )
+    share, member = divmod(jax.process_index(), together)
+    shares = processes // together
+    if ways == 1 and here == 1:
+        return None, (share, shares, True)
+    group = range(share * together, (share + 1) * together)
+    devices = [device for device in jax.devices() if device.process_index in group]
+    return parallel.make_mesh({"data": -1, **axes}, devices), (share, shares, member == 0)
+
+
+def _identity(model: str) -> str:
+    """A model by its files: names, sizes, and the bytes of the small ones."""
+    folder = loading.BUNDLED.get(model)
+    folder = Path(loading.__file__).parent / "assets" / folder[0] if folder else Path(model)
+    if not folder.exists():
+        return str(model)
+    digest = hashlib.sha256()
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder.parent)} {size}\n".encode())
+        if size < 2**20:
+            digest.update(path.read_bytes())
+    return f"{Path(model).name} {digest.hexdigest()[:16]}"
+
+
+def _claim(output: Path, config: ml_collections.ConfigDict, doors: Doors) -> None:
+    """Make the output folder this run's, or see that it is."""
+    settings = {**json.loads(config.to_json_best_effort()), **doors.names()}
+    settings.pop("topology", None)
+    path = output / "run.json"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if any(output.iterdir()) and jax.process_count() == 1:
+                raise RefineError(f"--output-dir {str(output)!r}: holds other files; give a new folder") from None
+            _write(path, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+            return
+    except OSError as error:
+        raise RefineError(f"--output-dir {str(output)!r}: {error.strerror}; give another folder") from None
+    except ValueError:
+        raise RefineError(f"{path}: damaged; give a new folder") from None
+    changed = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))
+    # How the work is split changes the bits of a result only with the shapes of its programs.
+    if changed:
+        name = changed[0]
+        raise RefineError(
+            f"--output-dir {str(output)!r}: its results were made with {name} {found.get(name)!r}, now"
+            f" {settings.get(name)!r}; give the same settings, or another folder"
+        )
+
+
+def _remaining(listed: Manifest, entries: Mapping[str, Mapping[str, Any]], output: Path) -> Sequence[int]:
+    """The requests that have no result yet."""
+    if not entries:
+        return range(len(listed))
+    todo = []
+    for index in range(len(listed)):
+        request = listed.read(index)
+        entry = entries.get(request.id or f"line {request.line}")
+        done = (
+            entry is not None
+            and isinstance(request, Request)
+            and entry.get("digest") == request.digest
+            and entry.get("status") == DONE
+            and (output / entry.get("file", "")).is_file()
+        )
+        if not done:
+            todo.append(index)
+    return todo
+
+
+def _report(output: Path, listed: Manifest, summary: Summary, share: int) -> None:
+    """The results in the manifest's order; whoever ends last has them all."""
+    entries: dict[str, dict[str, Any]] = {}
+    for path in sorted((output / "journal").glob("*.jsonl")):
+        entries.update((entry["id"], entry) for entry in _complete_lines(path))
+    lines, counts = [], collections.Counter()
+    for index in range(len(listed)):
+        request = listed.read(index)
+        name = request.id or f"line {request.line}"
+        entry = entries.get(name, dict(id=name, line=request.line, status="open"))
+        counts[entry["status"]] += 1
+        lines.append(json.dumps(entry, ensure_ascii=False))
+    _write(output / "results.jsonl", "\n".join(lines) + "\n")
+    own = {f"run_{name}": value for name, value in dataclasses.asdict(summary).items()}
+    _write(output / "summary.json", json.dumps({**counts, "share": share, **own}, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Aside, then renamed; several processes may write the same."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT end the run in order; a second one at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {}
+
+    def handler(number: int, frame: Any) -> None:
+        print("refine-jax: stopping; what runs is finished and written", file=sys.stderr, flush=True)
+        stop()
+        signal.signal(number, old[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        old[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
