@@ -526,7 +526,7 @@ def _repeated(claims: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     np.not_equal(ordered[1:], ordered[:-1], out=fresh[1:])
     places = np.flatnonzero(~fresh)
     starts = np.flatnonzero(fresh)
-    first = order[starts[np.searchsorted(starts, places, side="right") - 1]]
+    first = order[starts[np.searchsorted(starts, places) - 1]]
     again = order[places]
     by_position = np.argsort(again)
     return again[by_position], first[by_position]
