@@ -408,6 +408,8 @@ def run(
 
         multihost_utils.sync_global_devices("the journals are read")
     share, shares, leads = doors.share
+    if shares == jax.process_count() > 1:
+        jax.distributed.shutdown()  # nothing more to say to each other: who dies from here on, dies alone
     for name in (output / "results").glob(".*.partial"):  # of processes that were killed
         if shares == 1:
             name.unlink(missing_ok=True)
@@ -464,12 +466,12 @@ def compile_ahead(
     root: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> int:
-    """Compile what the requests of a manifest need, from shapes alone; the number of their buckets.
+    """Compile what the requests of a manifest need, with a dry `store` from shapes alone; the number of their buckets.
 
     Requests that are refused are left out. Raises `RefineError` as `run`.
     """
     listed = Manifest(manifest, root)
-    doors = Doors(config, store, weights=False)
+    doors = Doors(config, store)
     seen: set[Any] = set()
     for request in tqdm(listed, unit="request", disable=not progress, desc="requests"):
         if isinstance(request, Refused):
@@ -514,6 +516,8 @@ class Doors:
         config = self._config
         common = dict(
             dtype=config.dtype,
+            quantize=config.quantize or None,
+            later=True,
             mesh=self.mesh,
             rules=parallel.make_rules(config.rules),
             batch_size=config.batch_size,
@@ -583,6 +587,8 @@ def _claim(output: Path, config: ml_collections.ConfigDict, doors: Doors) -> Non
                 raise RefineError(f"--output-dir {str(output)!r}: holds other files; give a new folder") from None
             _write(path, json.dumps(settings, indent=1, sort_keys=True) + "\n")
             return
+    except RefineError:
+        raise
     except OSError as error:
         raise RefineError(f"--output-dir {str(output)!r}: {error.strerror}; give another folder") from None
     except ValueError:

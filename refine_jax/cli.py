@@ -454,7 +454,7 @@ def _compile(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     from refine_jax import batch, executables
 
-    store = executables.Store(args.executables, write=True)
+    store = executables.Store(args.executables, write=True, dry=True)
     programs = batch.compile_ahead(config, args.manifest, store, root=args.root, progress=not args.quiet)
     print(f"wrote {store.counts.compiled} executables to {args.executables}; {programs} programs serve these requests")
 

@@ -15,11 +15,13 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.experimental import serialize_executable
@@ -42,15 +44,40 @@ class Counts:
     load_seconds: float = 0.0
 
 
+class Later:
+    """A tree of arrays that a thread reads while programs for them are compiled."""
+
+    def __init__(self, shapes: Any, read: Callable[[], Any]):
+        """shapes: `jax.ShapeDtypeStruct`s with shardings; read: makes the arrays; nothing is read before `begin`."""
+        self.shapes, self._read = shapes, read
+        self._lock = threading.Lock()
+        self._found: Future | None = None
+
+    def begin(self) -> Future:
+        """Start to read, once."""
+        with self._lock:
+            if self._found is None:
+                reader = ThreadPoolExecutor(1, "weights")
+                self._found = reader.submit(self._read)
+                reader.shutdown(wait=False)
+            return self._found
+
+    def arrays(self) -> Any:
+        """Wait for the arrays. Raises what reading raises."""
+        return self.begin().result()
+
+
 class Store:
     """Compiled programs by their functions, static arguments, and the shapes of the others.
 
     folder: of executables written earlier, for these very devices and versions; one that does not fit is left aside
     with a warning and its program compiled. Its files are code: name a folder that you trust. write: keep there what is
-    compiled. most: programs kept in memory, the least recently used go first.
+    compiled. dry: compile only; calls return zeros. most: programs kept in memory, the least recently used go first.
     """
 
-    def __init__(self, folder: str | os.PathLike | None = None, *, write: bool = False, most: int = 256):
+    def __init__(
+        self, folder: str | os.PathLike | None = None, *, write: bool = False, dry: bool = False, most: int = 256
+    ):
         self.folder = None if folder is None else Path(folder)
         if write and self.folder is not None:
             try:
@@ -58,14 +85,24 @@ class Store:
             except OSError as error:
                 raise RefineError(f"executables {str(folder)!r}: {error.strerror}; give another folder") from None
         self.counts = Counts()
-        self._write, self._most = write, most
+        self._write, self._dry, self._most = write, dry, most
         self._programs: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._making: dict[str, threading.Lock] = {}
 
     def call(self, program: Any, *args: Any, **static: Any) -> Any:
-        """`program(*args, **static)`, a `parallel.Program`, compiled once for arguments of these shapes."""
-        return self.get(program, args, static)(*args)
+        """`program(*args, **static)`, a `parallel.Program`, compiled once for arguments of these shapes.
+
+        An argument may be `Later`: the program is compiled meanwhile.
+        """
+        if not self._dry:
+            for x in args:
+                if isinstance(x, Later):
+                    x.begin()
+        made = self.get(program, tuple(x.shapes if isinstance(x, Later) else x for x in args), static)
+        if self._dry:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made.out_info)
+        return made(*(x.arrays() if isinstance(x, Later) else x for x in args))
 
     def get(self, program: Any, args: tuple, static: Mapping[str, Any]) -> Callable[..., Any]:
         """The executable for `args`, arrays or `jax.ShapeDtypeStruct`s; called with the arrays alone."""

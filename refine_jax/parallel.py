@@ -158,12 +158,12 @@ def program(*static_argnames: str) -> Callable[[Callable[..., Any]], Program]:
 def param_shardings(abstract: Any, mesh: Mesh | None, rules: Rules = DEFAULT_RULES) -> Any:
     """Shardings of a boxed (logically annotated) abstract tree; the result has the unboxed tree's structure.
 
-    Without a mesh everything goes to the first device.
+    Without a mesh everything goes to this process's first device.
     A dimension that its mesh axis does not divide is replicated, so that one table serves every model size.
     """
     shapes = nn.meta.unbox(abstract)
     if mesh is None:
-        return jax.tree.map(lambda leaf: SingleDeviceSharding(jax.devices()[0]), shapes)
+        return jax.tree.map(lambda leaf: SingleDeviceSharding(jax.local_devices()[0]), shapes)
     specs = nn.get_partition_spec(abstract)
 
     def place(spec, leaf):
@@ -204,7 +204,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def place(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays on the devices: a whole copy on each of a mesh, or on the first device."""
-    return jax.device_put(tree, jax.devices()[0] if mesh is None else replicated(mesh))
+    return jax.device_put(tree, jax.local_devices()[0] if mesh is None else replicated(mesh))
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:

@@ -27,7 +27,7 @@ from refine_jax.loading import LoraLike
 from refine_jax.model import ModelConfig, Size, decode_latents, encode_images, encode_prompts, look, velocity
 from refine_jax.models.qwen_vl import merged_tokens, patch_grid
 from refine_jax.progress import Progress
-from refine_jax.serving import Bucket, canvas_side, power_of_two
+from refine_jax.serving import Bucket, canvas_side
 
 Array = jax.Array | np.ndarray
 
@@ -280,6 +280,7 @@ class Refiner(serving.Door):
         batch_size: int | None = None,
         aspects: Sequence[float] | None = None,
         store: executables.Store | None = None,
+        later: bool = False,
         progress: bool = False,
     ) -> "Refiner":
         """Load the bundled "tiny" model, a model folder, a pipeline folder of diffusers, or a name of the model hub.
@@ -296,6 +297,7 @@ class Refiner(serving.Door):
         batch_size: every program has so many rows, and a result has the same bits alone or in any batch
         (`serving`). aspects: widths over heights to which focus crops are grown, so that few programs serve all regions
         (`ASPECTS`); default: the released geometry, a program for each size of a crop. store: of compiled programs.
+        later: read the weights in the background; the first call waits for them.
 
         Raises `RefineError` for an unknown model or one that regenerates, a damaged folder, adapters that do not fit,
         or areas that are too small.
@@ -310,7 +312,9 @@ class Refiner(serving.Door):
             merge=merge_lora,
             mesh=mesh,
             rules=rules,
+            quantize=quantize,
             progress=progress,
+            later=later,
             wanted=("refining", "refine"),
         )
         return cls(
@@ -568,9 +572,9 @@ class Refiner(serving.Door):
             if room[0]:
                 inputs["reference"] = self._references(padded, tuple(room))
                 inputs["has_reference"] = np.array([row.reference is not None for row in padded])
-            arguments = (self.variables, self.lora, inputs)
+            arguments = (self.weights, self.lora, inputs)
             if progress:
-                refined = refine_program(*arguments, model=self.model, spec=spec)
+                refined = refine_program(self.variables, self.lora, inputs, model=self.model, spec=spec)
                 jax.block_until_ready(refined)
             else:
                 refined = self.programs.call(refine_program, *arguments, model=self.model, spec=spec)
@@ -597,7 +601,7 @@ class Refiner(serving.Door):
                 "box": np.array([[0, 0, shown.rgb.shape[1], shown.rgb.shape[0]] for shown in padded], np.int32),
             }
             static = dict(model=self.model, size=size, views=views, room=room)
-            encoded = self.programs.call(reference_program, self.variables, self.lora, inputs, **static)
+            encoded = self.programs.call(reference_program, self.weights, self.lora, inputs, **static)
             for index, shown in enumerate(group):
                 self._encoded[shown.digest, room] = jax.tree.map(lambda x: x[index], encoded)  # noqa: B023
         found = {digest: self._encoded[digest, room] for digest in wanted}

@@ -76,6 +76,7 @@ class Regenerator(serving.Door):
         rules: parallel.Rules = parallel.DEFAULT_RULES,
         batch_size: int | None = None,
         store: executables.Store | None = None,
+        later: bool = False,
         progress: bool = False,
     ) -> "Regenerator":
         """Load a model that regenerates: the bundled "tiny", a model folder, a BAGEL or RvR folder, or a hub's name.
@@ -83,7 +84,7 @@ class Regenerator(serving.Door):
         vae_sides, vit_sides: longest and shortest side of an image as it is painted and as the tower sees it (default:
         the model's; released 1024, 512 and 980, 224). dtype: "float32" or "bfloat16", of weights and computation.
         weights: "rvr" or "ema", where a released folder holds both. lora, merge_lora, quantize, mesh,
-        rules, batch_size, store: as `Refiner.load`.
+        rules, batch_size, store, later: as `Refiner.load`.
 
         Raises `RefineError` for an unknown model, a damaged folder, a model that refines regions.
         """
@@ -98,6 +99,8 @@ class Regenerator(serving.Door):
             mesh=mesh,
             rules=rules,
             progress=progress,
+            quantize=quantize,
+            later=later,
             wanted=("regenerating", "rvr", "rvr_vae"),
         )
         kind = Regenerator if isinstance(loaded.config, BagelModel) else MMDiTRegenerator
@@ -339,12 +342,12 @@ class Regenerator(serving.Door):
                     inputs["pictures"] = pictures
                     inputs["keys"] = jnp.stack([_key(row.seed, number, 1) for row in padded])
                 inputs["noise"] = self._noise(padded, number, shape)
-                arguments, static = (self.variables, self.lora, inputs), dict(model=self.model, marks=marks, spec=spec)
+                static = dict(model=self.model, marks=marks, spec=spec)
                 if not progress:
-                    pictures = self.programs.call(bagel_program, *arguments, **static).pictures
+                    pictures = self.programs.call(bagel_program, self.weights, self.lora, inputs, **static).pictures
                     continue
                 with progress.show(spec.steps - 1):
-                    pictures = bagel_program(*arguments, **static).pictures
+                    pictures = bagel_program(self.variables, self.lora, inputs, **static).pictures
                     pictures.block_until_ready()
         return pictures
 
@@ -434,11 +437,12 @@ class MMDiTRegenerator(Regenerator):
         shape = (*grid, self.model.vae.z_dim)
         with self.placed(), progress.show(steps) if progress else contextlib.nullcontext():
             inputs["noise"] = jnp.stack([self._noise(padded, number, shape) for number in range(rounds)])
-            arguments = (self.variables, self.lora, inputs)
             if not progress:
+                arguments = (self.weights, self.lora, inputs)
                 return self.programs.call(mmdit_program, *arguments, model=self.model, spec=spec).pictures
             spec = dataclasses.replace(spec, report=progress.step)
-            return jax.block_until_ready(mmdit_program(*arguments, model=self.model, spec=spec)).pictures
+            made = mmdit_program(self.variables, self.lora, inputs, model=self.model, spec=spec)
+            return jax.block_until_ready(made).pictures
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers

@@ -54,7 +54,7 @@ class Door:
     def __init__(
         self,
         model: Any,
-        variables: Mapping[str, Any],
+        variables: Mapping[str, Any] | executables.Later,
         tokenizer: Any,
         lora: Mapping[str, Any] | None = None,
         *,
@@ -64,17 +64,24 @@ class Door:
         store: executables.Store | None = None,
     ):
         """variables, lora: trees under the networks' names (lora may be empty); with a mesh, both are already placed on
-        it. batch_size: rows of every program (see above). store: of compiled programs."""
+        it; variables may come `executables.Later`. batch_size: rows of every program (see above). store: of compiled
+        programs."""
         if batch_size is not None and not 1 <= batch_size <= 4096:
             raise RefineError(f"batch_size {batch_size}: give a number from 1 to 4096, or none")
         self.model = model
-        self.variables = jax.device_put(dict(variables))
+        later = isinstance(variables, executables.Later)
+        self.weights = variables if later else jax.device_put(dict(variables))
         self.lora = jax.device_put(dict(lora or {}))
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.programs = store or executables.Store()
         self._mesh, self._rules = mesh, rules
         self._progress = Progress()
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The weights; waits for those that are on their way."""
+        return self.weights.arrays() if isinstance(self.weights, executables.Later) else self.weights
 
     def launch(self, bucket: Bucket, rows: Sequence[Any], progress: Progress | None = None) -> Any:
         """Start the rows of one bucket, at most `batch_size`; arrays on the devices, rows first, padding behind."""
