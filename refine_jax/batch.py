@@ -522,6 +522,7 @@ class Doors:
             rules=parallel.make_rules(config.rules),
             batch_size=config.batch_size,
             store=self.store,
+            merge_lora=config.merge_lora,
             lora=[tuple(item) if isinstance(item, (list, tuple)) else item for item in config.lora[name]],
         )
         if name == "regenerator":
@@ -576,7 +577,8 @@ def _identity(model: str) -> str:
 def _claim(output: Path, config: ml_collections.ConfigDict, doors: Doors) -> None:
     """Make the output folder this run's, or see that it is."""
     settings = {**json.loads(config.to_json_best_effort()), **doors.names()}
-    settings.pop("topology", None)
+    for name in ("topology", "variant"):
+        settings.pop(name, None)
     path = output / "run.json"
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refine_jax.errors import RefineError
+from refine_jax.limits import RENORMS
 
 Array = jax.Array | np.ndarray
 
@@ -166,9 +167,6 @@ def true_cfg(positive: Array, negative: Array, scale: Array | float) -> jax.Arra
     length = norm(combined)
     ratio = norm(pos) / jnp.where(length == 0.0, 1.0, length)
     return (combined * ratio).astype(positive.dtype)
-
-
-RENORMS = ("text_channel", "channel", "global")
 
 
 def dual_cfg(

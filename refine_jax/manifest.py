@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import stat
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from refine_jax import images
+from refine_jax import images, limits
 from refine_jax.errors import RefineError
 
 MAX_REQUESTS = 5_000_000  # of a manifest: 20 bytes of memory each, 60 while it is indexed
@@ -142,23 +141,21 @@ def _shown(value: Any) -> str:
 _Check = Callable[[str, Any], Any]
 
 
-def _whole(low: int, high: int) -> _Check:
+def _whole(bounds: tuple[int, int]) -> _Check:
     def check(name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise RefineError(f"{name} {_shown(value)}: give a whole number from {low} to {high}")
+        if isinstance(value, bool) or not isinstance(value, int) or not bounds[0] <= value <= bounds[1]:
+            raise RefineError(f"{name} {_shown(value)}: give a whole number from {bounds[0]} to {bounds[1]}")
         return value
 
     return check
 
 
-def _number(low: float, high: float = math.inf) -> _Check:
-    bounds = f"a number from {low:g} to {high:g}" if math.isfinite(high) else f"a finite number of at least {low:g}"
-
+def _number(bounds: tuple[float, float]) -> _Check:
     def check(name: str, value: Any) -> float:
-        plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not plain or not math.isfinite(value) or not low <= value <= high:
-            raise RefineError(f"{name} {_shown(value)}: give {bounds}")
-        return float(value)
+        try:
+            return limits.number(name, value, bounds)
+        except RefineError:  # its message shows the value whole
+            raise RefineError(f"{name} {_shown(value)}: give {limits.span(bounds)}") from None
 
     return check
 
@@ -216,28 +213,27 @@ def _size(name: str, value: Any) -> tuple[int, int]:
 def _interval(name: str, value: Any) -> tuple[float, float]:
     if not isinstance(value, list) or len(value) != 2:
         raise RefineError(f"{name} {_shown(value)}: give two times [lo, hi] within 0 and 1")
-    low, high = (_number(0.0, 1.0)(f"{name}[{k}]", time) for k, time in enumerate(value))
+    low, high = (_number(limits.TIME)(f"{name}[{k}]", time) for k, time in enumerate(value))
     return low, high
 
 
-# The ranges are those of `Refiner` and `Regenerator`.
 _CHECKS: dict[str, _Check] = {
     "prompt": _text,
-    "seed": _whole(-(2**63), 2**63 - 1),
-    "steps": _whole(1, 1000),
+    "seed": _whole(limits.SEED),
+    "steps": _whole(limits.STEPS),
     "box": _box,
     "negative_prompt": _text,
-    "true_cfg_scale": _number(0.0),
-    "margin": _number(0.0),
+    "true_cfg_scale": _number(limits.SCALE),
+    "margin": _number(limits.MARGIN),
     "focus": _choice(True, False),
-    "feather": _choice("released", "paper"),
-    "rounds": _whole(0, 100),
-    "text_cfg": _number(0.0, 1e3),
-    "image_cfg": _number(0.0, 1e3),
-    "renorm": _choice("text_channel", "channel", "global"),
-    "renorm_min": _number(0.0, 1.0),
+    "feather": _choice(*limits.FEATHERS),
+    "rounds": _whole(limits.ROUNDS),
+    "text_cfg": _number(limits.TEXT_CFG),
+    "image_cfg": _number(limits.IMAGE_CFG),
+    "renorm": _choice(*limits.RENORMS),
+    "renorm_min": _number(limits.RENORM_MIN),
     "interval": _interval,
-    "shift": _number(0.01, 1e3),
+    "shift": _number(limits.SHIFT),
     "size": _size,
 }
 _FILES = ("image", "mask", "reference")

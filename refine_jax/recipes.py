@@ -253,14 +253,15 @@ def batch(**changes: object) -> ml_collections.ConfigDict:
     """What decides the results of `refine-jax batch`, and how they are computed.
 
     model, regenerator: of refine requests, and of regenerate and generate requests; lora: adapters of each, files or
-    (file, weight). batch_size: rows of every compiled program. aspects: of focus crops (`refine.ASPECTS`; none: the
-    released geometry). mesh: axes of one copy of the model, over as few processes as hold it; copies share the work.
-    topology, buckets: what `tools/aot.py` compiles. changes: other values of top-level keys; dicts are merged.
+    (file, weight), applied live or merged. batch_size: rows of every compiled program. aspects: of focus crops
+    (`refine.ASPECTS`; none: the released geometry). mesh: axes of one copy of the model, over as few processes as hold
+    it; copies share the work. changes: other values of top-level keys; dicts are merged.
     """
     config = ml_collections.ConfigDict()
     config.model = "tiny"
     config.regenerator = "tiny"
     config.lora = dict(model=(), regenerator=())
+    config.merge_lora = False
     config.scheduler = ""
     config.dtype = "float32"
     config.quantize = ""
@@ -270,4 +271,22 @@ def batch(**changes: object) -> ml_collections.ConfigDict:
     config.aspects = tuple(2 ** (k / 2) for k in range(-6, 7))
     config.mesh = dict()
     config.rules = dict()
+    return _changed(config, changes)
+
+
+def edit_batch(topology: str, mesh: dict[str, int], **changes: object) -> ml_collections.ConfigDict:
+    """`batch` of Qwen-Image-Edit-2511 with RefineAnything's adapter and the Lightning adapter of 8 steps, merged.
+
+    topology: the TPU that `tools/aot.py` compiles for; mesh, changes: as for `batch`.
+    """
+    adapters = ("adapters/refineanything.safetensors", "adapters/Qwen-Image-Edit-2511-Lightning-8steps.safetensors")
+    config = batch(
+        model=CHECKPOINTS["qwen-image-edit-2511"],
+        lora=dict(model=adapters),
+        merge_lora=True,
+        dtype="bfloat16",
+        mesh=mesh,
+        variant="qwen-image-edit-2511",
+        topology=topology,
+    )
     return _changed(config, changes)

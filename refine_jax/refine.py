@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from refine_jax import conditioning, executables, flow, focus, images, loading, parallel, prompts, serving
+from refine_jax import conditioning, executables, flow, focus, images, limits, loading, parallel, prompts, serving
 from refine_jax.errors import RefineError
 from refine_jax.loading import LoraLike
 from refine_jax.model import ModelConfig, Size, decode_latents, encode_images, encode_prompts, look, velocity
@@ -414,17 +413,12 @@ class Refiner(serving.Door):
         noises = _per_region(noise, count, "noise", (np.ndarray, jax.Array, type(None)))
         steps = model.steps if steps is None else steps
         scale = model.true_cfg_scale if true_cfg_scale is None else true_cfg_scale
-        if not isinstance(steps, numbers.Integral) or not 1 <= steps <= 1000:
-            raise RefineError(f"steps {steps!r}: give a whole number from 1 to 1000")
-        if not isinstance(scale, numbers.Real) or not math.isfinite(scale) or scale < 0:
-            raise RefineError(f"true_cfg_scale {scale!r}: give a finite number of at least 0; 1 is off")
-        if not isinstance(seed, numbers.Integral) or not -(2**63) <= seed < 2**63:
-            raise RefineError(f"seed {seed!r}: give a whole number of at most 64 bits")
-        margin = model.margin if margin is None else margin
-        if not isinstance(margin, numbers.Real) or not math.isfinite(margin) or margin < 0:
-            raise RefineError(f"margin {margin!r}: give a finite number of pixels of at least 0")
-        if feather not in ("released", "paper"):
-            raise RefineError(f"feather {feather!r}: give 'released' or 'paper'")
+        steps = limits.whole("steps", steps, limits.STEPS)
+        scale = limits.number("true_cfg_scale", scale, limits.SCALE)
+        seed = limits.whole("seed", seed, limits.SEED)
+        margin = limits.number("margin", model.margin if margin is None else margin, limits.MARGIN)
+        if feather not in limits.FEATHERS:
+            raise RefineError(f"feather {feather!r}: give {' or '.join(map(repr, limits.FEATHERS))}")
         negative = (model.negative_prompt if negative_prompt is None else negative_prompt) if scale > 1 else None
 
         regions = []
@@ -448,7 +442,7 @@ class Refiner(serving.Door):
             lengths = TEXT_BUCKETS if self.aspects is None else WIDE_TEXT_BUCKETS
             length = prompts.bucket_length(max(len(p) for p in (prompt, refused) if p is not None), lengths)
             sides = self._canvas(crop, (y2 - y1, x2 - x1))
-            base = _Base(crop, model.vl_sizes(ratio), int(steps), feather, negative is not None)
+            base = _Base(crop, model.vl_sizes(ratio), steps, feather, negative is not None)
             regions.append(
                 _Region(
                     bucket=Bucket(base, (*sides, length, *self._room(reference))),
@@ -459,8 +453,8 @@ class Refiner(serving.Door):
                     reference=reference,
                     prompt=prompt,
                     negative=refused,
-                    scale=float(scale),
-                    seed=int(seed),
+                    scale=scale,
+                    seed=seed,
                     order=order,
                     noise=self._given_noise(crop, noises[order]),
                     several=count > 1,
@@ -506,22 +500,11 @@ class Refiner(serving.Door):
 
     @functools.cached_property
     def _usual_room(self) -> tuple[int, int]:
-        model = self.model
-        sizes = focus.aspect_buckets(model.vae_area, model.multiple)
-        views = [
-            model.vl_sizes(width / height)
-            for height, width in focus.aspect_buckets(model.condition_area, model.multiple)
-        ]
-        seen = max(math.prod(model.latent_size(size)) for size in sizes) // self._patch_area
-        return seen, max(map(self._merged, views))
+        return reference_room(self.model)
 
     def _merged(self, views: Sequence[Size]) -> int:
         """Tokens of a view in a prompt."""
-        return merged_tokens(patch_grid(*views[-1], self.model.vl.vision), self.model.vl.vision.spatial_merge_size)
-
-    def _focus(self, mask: np.ndarray, size: tuple[int, int], margin: float) -> np.ndarray:
-        box, _ = focus.mask_box(mask)
-        return focus.focus_box(box, *size, margin=margin)
+        return view_tokens(self.model, views)
 
     def _encode(self, text: str, grids: Sequence[Size]) -> prompts.TokenizedPrompt:
         """A prompt about pictures of these grids."""
@@ -628,6 +611,19 @@ class Refiner(serving.Door):
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def view_tokens(model: ModelConfig, views: Sequence[Size]) -> int:
+    """Tokens in a prompt of a picture that the encoder sees at `views` (`ModelConfig.vl_sizes`)."""
+    return merged_tokens(patch_grid(*views[-1], model.vl.vision), model.vl.vision.spatial_merge_size)
+
+
+def reference_room(model: ModelConfig) -> tuple[int, int]:
+    """(N, M) tokens that hold every reference up to four times as wide as high, or the other way (`Reference`)."""
+    sizes = focus.aspect_buckets(model.vae_area, model.multiple)
+    seen = max(math.prod(model.latent_size(size)) for size in sizes) // model.mmdit.patch_size**2
+    looks = focus.aspect_buckets(model.condition_area, model.multiple)
+    return seen, max(view_tokens(model, model.vl_sizes(width / height)) for height, width in looks)
 
 
 def grown(box: np.ndarray, aspect: float, size: tuple[int, int]) -> np.ndarray:

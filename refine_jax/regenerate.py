@@ -7,7 +7,6 @@ do not, and nothing of it is kept by force. Regeneration repeats: each round rea
 import contextlib
 import dataclasses
 import functools
-import numbers
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from refine_jax import bagel, executables, flow, images, loading, parallel, prompts, serving
+from refine_jax import bagel, executables, flow, images, limits, loading, parallel, prompts, serving
 from refine_jax.bagel import BagelModel
 from refine_jax.errors import RefineError
 from refine_jax.loading import LoraLike
@@ -200,10 +199,9 @@ class Regenerator(serving.Door):
         otherwise tokens are drawn, by the seed. Raises `RefineError` as `regenerate`, and for an MMDiT, which is mute.
         """
         picture = None if image is None else images.read_picture(image)
-        max_tokens = _whole("max_tokens", max_tokens, 1, 16384)
-        if not isinstance(temperature, numbers.Real) or not 0 <= temperature <= 100:
-            raise RefineError(f"temperature {temperature!r}: give a number from 0 to 100")
-        seed = _whole("seed", seed, -(2**63), 2**63 - 1)
+        max_tokens = limits.whole("max_tokens", max_tokens, (1, 16384))
+        temperature = limits.number("temperature", temperature, (0.0, 100.0))
+        seed = limits.whole("seed", seed, limits.SEED)
         ids = bagel.text_ids(self.tokenizer, _text(question))
         inputs = {
             "prompt": _padded([ids], prompts.bucket_length(len(ids), _LENGTHS)),
@@ -224,7 +222,7 @@ class Regenerator(serving.Door):
                 marks=marks,
                 seen=seen,
                 length=power_of_two(max_tokens),
-                temperature=float(temperature),
+                temperature=temperature,
             )
             said = parallel.fetch(said)[0][:max_tokens].tolist()
         return self.tokenizer.decode(said[: said.index(marks.text_end)] if marks.text_end in said else said)
@@ -245,7 +243,7 @@ class Regenerator(serving.Door):
 
     def read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> serving.Job:
         """One request, `regenerate`'s arguments, decoded and checked; nothing is computed."""
-        rounds = _whole("rounds", rounds, 0, 100)
+        rounds = limits.whole("rounds", rounds, limits.ROUNDS)
         picture = images.read_picture(image)
         width, height = picture.size
         size = self.model.painted_size((height, width))
@@ -280,20 +278,19 @@ class Regenerator(serving.Door):
         given = {name: value for name, value in settings.items() if value is not None}
         grid = model.grid(size)
         latent_position_ids(grid, model.bagel)  # refuses what is too large
-        steps = _whole("steps", given.get("steps", model.steps), 2, 1000)
-        value = {}
-        for name, (low, high) in _NUMBERS.items():
-            number = given.get(name, getattr(model, name))
-            if not isinstance(number, numbers.Real) or not low <= number <= high:
-                raise RefineError(f"{name} {number!r}: give a number from {low:g} to {high:g}")
-            value[name] = float(number)
+        steps = limits.whole("steps", given.get("steps", model.steps), (2, limits.STEPS[1]))
+        value = {
+            name: limits.number(name, given.get(name, getattr(model, name)), bounds)
+            for name, bounds in _NUMBERS.items()
+        }
         renorm = given.get("renorm", model.renorm)
-        if renorm not in flow.RENORMS:
-            raise RefineError(f"renorm {renorm!r}: give one of {', '.join(flow.RENORMS)}")
+        if renorm not in limits.RENORMS:
+            raise RefineError(f"renorm {renorm!r}: give one of {', '.join(limits.RENORMS)}")
         interval = tuple(given.get("interval", model.interval))
-        if len(interval) != 2 or not all(isinstance(t, numbers.Real) and 0 <= t <= 1 for t in interval):
+        if len(interval) != 2:
             raise RefineError(f"interval {interval!r}: give two times (lo, hi) within 0 and 1")
-        seed = _whole("seed", given.get("seed", 0), -(2**63), 2**63 - 1)
+        interval = tuple(limits.number("interval", time, limits.TIME) for time in interval)
+        seed = limits.whole("seed", given.get("seed", 0), limits.SEED)
         noise = given.get("noise")
         shape = (grid[0] * grid[1], model.bagel.latent_dim)
         if noise is not None and tuple(noise.shape) != shape:
@@ -307,7 +304,7 @@ class Regenerator(serving.Door):
             shift=value["shift"],
             renorm=renorm,
             renorm_min=value["renorm_min"],
-            interval=tuple(map(float, interval)),
+            interval=interval,
             text_guided=text_guided,
             image_guided=text_guided and value["image_cfg"] > 1,
         )
@@ -367,7 +364,7 @@ class MMDiTRegenerator(Regenerator):
     """
 
     def read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> serving.Job:
-        rounds = _whole("rounds", rounds, 0, 100)
+        rounds = limits.whole("rounds", rounds, limits.ROUNDS)
         picture = images.read_picture(image)
         size = self.model.vae_size(picture.size[0] / picture.size[1])
         return self._mmdit_request(picture, prompt, rounds, size, settings)
@@ -397,8 +394,7 @@ class MMDiTRegenerator(Regenerator):
             raise RefineError(f"{unknown[0]}: this model, an MMDiT, has no such setting; leave it out")
         ratio = size[1] / size[0]
         scale = given.get("text_cfg", model.true_cfg_scale)
-        if not isinstance(scale, numbers.Real) or not 0 <= scale <= 1e3:
-            raise RefineError(f"text_cfg {scale!r}: give a number from 0 to 1000")
+        scale = limits.number("text_cfg", scale, limits.TEXT_CFG)
         shape, noise = (*model.latent_size(size), model.vae.z_dim), given.get("noise")
         if noise is not None and tuple(noise.shape) != shape:
             raise RefineError(f"noise of shape {tuple(noise.shape)}: the latents are {shape} (h, w, C)")
@@ -411,13 +407,13 @@ class MMDiTRegenerator(Regenerator):
             [picture is not None],
         )
         ids = [encode(_text(prompt))] + ([encode(model.negative_prompt)] if scale > 1 else [])
-        steps = _whole("steps", given.get("steps", model.steps), 1, 1000)
-        seed = _whole("seed", given.get("seed", 0), -(2**63), 2**63 - 1)
+        steps = limits.whole("steps", given.get("steps", model.steps), limits.STEPS)
+        seed = limits.whole("seed", given.get("seed", 0), limits.SEED)
         length = prompts.bucket_length(max(map(len, ids)), TEXT_BUCKETS)
         blank = images.Picture(np.zeros((*size, 3), np.uint8), None, "")
         base = (MMDiTSpec(size, model.vl_sizes(ratio)), rounds, steps, len(ids))
         bucket = Bucket(base, (*_sides_of(picture or blank), length))
-        return _job(_Request(bucket, picture, ids, float(scale), 1.0, seed, noise), rounds)
+        return _job(_Request(bucket, picture, ids, scale, 1.0, seed, noise), rounds)
 
     def launch(self, bucket: Bucket, rows: Sequence[_Request], progress: Progress | None = None) -> Any:
         (spec, rounds, steps, texts), (height, width, length) = bucket
@@ -449,7 +445,7 @@ class MMDiTRegenerator(Regenerator):
 
 # Lengths of prompts of compiled programs; at most a third of a prompt is padding.
 _LENGTHS = (*TEXT_BUCKETS, 6144, 8192, 12288, 16384)
-_NUMBERS = {"text_cfg": (0.0, 1e3), "image_cfg": (0.0, 1e3), "renorm_min": (0.0, 1.0), "shift": (0.01, 1e3)}
+_NUMBERS = dict(text_cfg=limits.TEXT_CFG, image_cfg=limits.IMAGE_CFG, renorm_min=limits.RENORM_MIN, shift=limits.SHIFT)
 
 
 def _key(seed: int, number: int, purpose: int) -> jax.Array:
@@ -494,12 +490,6 @@ def _sides(size: tuple[int, int], stride: int) -> tuple[int, int]:
     if any(side < stride or side % stride for side in (width, height)):
         raise RefineError(f"size {width}x{height}: give sides that are multiples of {stride}")
     return width, height
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= value <= high:
-        raise RefineError(f"{name} {value!r}: give a whole number from {low} to {high}")
-    return int(value)
 
 
 def _text(prompt: Any) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import toy
 
-from refine_jax import flops, objectives, parallel
+from refine_jax import flops, objectives, parallel, recipes
 from refine_jax.errors import RefineError
 from refine_jax.train import load_config
 
@@ -234,7 +234,8 @@ def compile_for_a_tpu() -> None:
     report, text = aot.analyse(config, "edit_debug", "v5e:2x2", "train", made)
     print(aot.row(report))
     print(json.dumps(dataclasses.asdict(report) | {"splash": text.count("splash_mha_fwd")}))
-    made = aot.lower_sample(config, mesh, model, config.data.buckets[0])
+    config = recipes.batch(batch_size=2, dtype="bfloat16")
+    made = aot.lower_sample(config, mesh, model, (64, 64))
     report, text = aot.analyse(config, "edit_debug", "v5e:2x2", "sample", made)
     print(aot.row(report))
     print(json.dumps(dataclasses.asdict(report) | {"splash": text.count("splash_mha_fwd")}))

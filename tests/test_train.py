@@ -18,7 +18,7 @@ from flax import linen as nn
 from PIL import Image
 from safetensors.numpy import load_file
 
-from refine_jax import checkpoint, cli, flops, objectives, parallel
+from refine_jax import checkpoint, cli, configuration, flops, objectives, parallel
 from refine_jax.errors import RefineError
 from refine_jax.refine import Refiner
 from refine_jax.train import load_config, make_optimizer, make_program, make_schedule, train
@@ -47,7 +47,7 @@ def flat(config: ml_collections.ConfigDict) -> str:
 def test_resolved_configurations_are_golden(path):
     golden = GOLDEN / f"{path.stem}.txt"
     found = golden.read_text(encoding="utf-8") if golden.is_file() else ""
-    assert flat(load_config(path)) == found, "a change that is meant: python tests/test_train.py"
+    assert flat(configuration.load(path)) == found, "a change that is meant: python tests/test_train.py"
 
 
 @pytest.fixture
@@ -597,5 +597,5 @@ def test_a_frozen_encoder_comes_from_the_vaes_folder(base):
 if __name__ == "__main__":
     GOLDEN.mkdir(exist_ok=True)
     for source in sorted(toy.CONFIGS.glob("*.py")):
-        (GOLDEN / f"{source.stem}.txt").write_text(flat(load_config(source)), encoding="utf-8")
+        (GOLDEN / f"{source.stem}.txt").write_text(flat(configuration.load(source)), encoding="utf-8")
         print(f"wrote {GOLDEN / source.stem}.txt", file=sys.stderr)

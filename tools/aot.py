@@ -1,7 +1,7 @@
 """What a configuration costs on a TPU, by the real TPU compiler, on a machine with none.
 
     python tools/aot.py configs/edit_2511_v6e_16.py --topology v6e:4x4
-    python tools/aot.py configs/edit_2511_v6e_16.py --topology v6e:4x4 --program sample --json
+    python tools/aot.py configs/batch_2511_v6e_8.py --json
     python tools/aot.py --all                      # every shipped configuration, and the sampler: docs/pods.json, .md
 
 Needs libtpu (the extra `tpu`), no TPU and no weights: the program is built from shapes. Prints, a chip: bytes of
@@ -36,33 +36,22 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import linen as nn
-from flax import traverse_util
 from flax.linen import meta
 from tqdm import tqdm
 
-from refine_jax import checkpoint, flops, loading, objectives, parallel, prompts, train
+from refine_jax import checkpoint, configuration, flops, loading, objectives, parallel, prompts, train
 from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig
-from refine_jax.models.layers import init_lora
-from refine_jax.refine import TEXT_BUCKETS, Spec, refine_program
+from refine_jax.refine import WIDE_TEXT_BUCKETS, Reference, Spec, reference_room, refine_program, view_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 TABLE = ROOT / "docs" / "pods.md"
 MEASURED = ROOT / "docs" / "pods.json"
 PROGRAMS = ("train", "sample")
-# The sampler as the released adapters ask for it: RefineAnything's (rank 256) and Lightning's (rank 64, on every dense
-# layer of a block, 8 steps without guidance), both applied live; a reference in every request.
-SAMPLER_STEPS = 8
-ADAPTERS = ((r"blocks/attn/(to_q|to_k|to_v|to_out)", 256), (r"blocks/.*", 64))
+SAMPLER_STEPS = 8  # without guidance, as the Lightning adapters ask for it
 INSTRUCTION = 64  # tokens of a request's text besides the template's and the pictures'
-# Where `--all` compiles the sampler: a configuration, and what is changed of it. Its own slice gives the most pictures;
-# eight chips on one picture give it soonest.
-SERVED = (
-    ("edit_2511_v5e_64", {}),
-    ("edit_2511_v6e_16", {}),
-    ("edit_2511_v6e_16", {"topology": "v6e:2x4", "mesh": '{"context": 2, "tensor": 4}', "batch_size": "1"}),
-)
+CROP = (1024, 1024)  # of a call of the sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +118,12 @@ class Lowered:
 
 def lower(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, program: str, bucket: int) -> Lowered:
     """The step that the trainer would run, or a call of the sampler, for the mesh's platform."""
-    try:
-        size = config.data.buckets[bucket]
-    except IndexError:
-        raise RefineError(f"--bucket {bucket}: the configuration has {len(config.data.buckets)}") from None
     model = architecture(config)
-    return lower_train(config, mesh, model, bucket) if program == "train" else lower_sample(config, mesh, model, size)
+    if program == "sample":
+        return lower_sample(config, mesh, model)
+    if not 0 <= bucket < len(config.data.buckets):
+        raise RefineError(f"--bucket {bucket}: the configuration has {len(config.data.buckets)}")
+    return lower_train(config, mesh, model, bucket)
 
 
 def lower_train(
@@ -153,36 +142,39 @@ def lower_train(
 
 
 def lower_sample(
-    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, model: ModelConfig, size: tuple[int, int]
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, model: ModelConfig, size: tuple[int, int] = CROP
 ) -> Lowered:
-    """The refinement of `batch_size` crops in as many pictures, each with a reference, in `SAMPLER_STEPS` steps without
-    guidance, with `ADAPTERS`."""
+    """A batch of `refine-jax batch`: `batch_size` crops of `size`, each with a reference that is encoded already, in
+    `SAMPLER_STEPS` steps without guidance, adapters merged."""
     rules = parallel.make_rules(config.rules)
     kinds = dict(dtype=config.dtype, param_dtype=config.dtype)
     parts = {name: dataclasses.replace(getattr(model, name), **kinds) for name in ("mmdit", "vae", "vl")}
-    model = dataclasses.replace(model, **parts)
+    model = loading.quantized(dataclasses.replace(model, **parts), config.quantize or None)
     whole = parallel.replicated(mesh)
     shape = lambda dtype, *sides: jax.ShapeDtypeStruct(sides, dtype, sharding=whole)
     rows, (height, width) = config.batch_size, size
-    views = model.vl_sizes(width / height)
-    pictures = 3 * math.prod(model.vl_grid(width / height)) // model.vl.vision.spatial_merge_size**2
-    length = prompts.bucket_length(model.prompt.drop_tokens + pictures + INSTRUCTION, TEXT_BUCKETS)
-    spec = Spec((height, width), views, (height, width), views)
-    tokens = dict(
+    views, (tokens, seen) = model.vl_sizes(width / height), reference_room(model)
+    length = model.prompt.drop_tokens + 2 * view_tokens(model, views) + seen + INSTRUCTION
+    length = prompts.bucket_length(length, WIDE_TEXT_BUCKETS)
+    spec = Spec(size, views)
+    prompt = dict(
         ids=shape(jnp.int32, rows, length),
         mask=shape(jnp.bool_, rows, length),
         positions=shape(jnp.int32, rows, length, 3),
         image_index=shape(jnp.int32, rows, length),
     )
+    dtype = jnp.dtype(config.dtype)
     inputs = dict(
         pictures=shape(jnp.uint8, rows, height, width, 3),
-        owner=shape(jnp.int32, rows),
         mask=shape(jnp.uint8, rows, height, width),
         box=shape(jnp.int32, rows, 4),
-        reference=shape(jnp.uint8, rows, height, width, 3),
-        reference_box=shape(jnp.int32, rows, 4),
+        reference=Reference(
+            shape(jnp.float32, rows, tokens, model.mmdit.in_channels),
+            shape(jnp.int32, rows, 2),
+            shape(dtype, rows, seen, model.vl.text.hidden_size),
+        ),
         has_reference=shape(jnp.bool_, rows),
-        prompt=tokens,
+        prompt=prompt,
         sigmas=shape(jnp.float32, SAMPLER_STEPS + 1),
         true_cfg_scale=shape(jnp.float32, rows),
         noise=shape(jnp.float32, rows, *model.latent_size(size), model.vae.z_dim),
@@ -193,27 +185,12 @@ def lower_sample(
         meta.unbox(boxed),
         parallel.param_shardings(boxed, mesh, rules),
     )
-    lora = jax.tree.map(lambda leaf: shape(jnp.dtype(config.dtype), *leaf.shape), adapters(model))
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
-        traced = refine_program.trace(variables, lora, inputs, model=model, spec=spec)
+        traced = refine_program.trace(variables, {}, inputs, model=model, spec=spec)
         lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
     plain = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, attention_impl="xla"))
     run = lambda *trees: refine_program(*trees, model=plain, spec=spec)
-    return Lowered(lowered, mesh, lambda: flops.count(run, variables, lora, inputs), None)
-
-
-def adapters(model: ModelConfig) -> dict[str, Any]:
-    """Shapes of `ADAPTERS` as `loading` stacks them: along the rank. They are whole on every chip."""
-    base = model.abstract(("mmdit",))["mmdit"]
-    found: dict[tuple[str, ...], jax.ShapeDtypeStruct] = {}
-    for targets, rank in ADAPTERS:
-        made = jax.eval_shape(lambda: init_lora(jax.random.key(0), base, targets, rank))  # noqa: B023
-        for path, leaf in traverse_util.flatten_dict(made).items():
-            axis = -1 if path[-1] == "a" else -2
-            sides = list(leaf.shape)
-            sides[axis] += found[path].shape[axis] if path in found else 0
-            found[path] = jax.ShapeDtypeStruct(tuple(sides), leaf.dtype)
-    return {"mmdit": traverse_util.unflatten_dict(found)}
+    return Lowered(lowered, mesh, lambda: flops.count(run, variables, {}, inputs), None)
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
@@ -431,52 +408,54 @@ def shipped() -> list[tuple[Path, str]]:
     """(configuration, topology) of those in configs/ that are for TPUs: they say so themselves (`topology`)."""
     found = []
     for path in sorted((ROOT / "configs").glob("*.py")):
-        topology = train.load_config(path).get("topology", "")
+        topology = configuration.load(path).get("topology", "")
         if topology:
             found.append((path, topology))
     return found
 
 
-def programs(program: str) -> list[tuple[str, str, dict[str, str], str]]:
-    """What `--all` compiles: (key in docs/pods.json, configuration, changes of it, program)."""
-    trained = [(path.stem, path.stem, {}, "train") for path, _ in shipped()]
-    sampled = []
-    for name, changes in SERVED:
-        topology = changes.get("topology") or train.load_config(ROOT / "configs" / f"{name}.py").topology
-        sampled.append((f"{name} sample {topology}", name, changes, "sample"))
-    return [item for item in trained + sampled if program in ("both", item[-1])]
+def programs(program: str | None = None) -> list[tuple[str, str]]:
+    """What `--all` compiles, of one kind or all: (configuration, its program), those that train first."""
+    found = [(path.stem, kind_of(configuration.load(path))) for path, _ in shipped()]
+    return [item for item in sorted(found, key=lambda item: item[1] == "sample") if program in (None, item[1])]
+
+
+def kind_of(config: ml_collections.ConfigDict) -> str:
+    """The program of a configuration: one for training has an objective, one for batch inference has none."""
+    return "train" if "objective" in config else "sample"
 
 
 def _measured() -> dict[str, dict]:
     return json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
 
 
-def measure_all(again: bool, only: str, program: str) -> list[Report]:
+def measure_all(again: bool, only: str, program: str | None) -> list[Report]:
     """Reports of all shipped configurations; what is unchanged since it was measured is taken from docs/pods.json.
 
     only: an expression; programs whose keys do not match are taken as they stand there, or left out; so are those of
-    another kind than `program` ("train", "sample", "both").
+    another kind than `program` ("train", "sample", None: all).
     """
-    chosen = {item[0] for item in programs(program) if re.search(only, item[0])}
-    for key, name, changes, kind in tqdm([item for item in programs("both") if item[0] in chosen], unit="program"):
-        config = train.load_config(ROOT / "configs" / f"{name}.py", changes)
+    for name, kind in tqdm([item for item in programs(program) if re.search(only, item[0])], unit="program"):
+        config = configuration.load(ROOT / "configs" / f"{name}.py")
         mesh = parallel.make_mesh(dict(config.mesh), described_devices(config.topology))
         made = lower(config, mesh, kind, 0)
         mark = made.mark(config.topology)
-        if again or _measured().get(key, {}).get("mark") != mark:
+        if again or _measured().get(name, {}).get("mark") != mark:
             report, _ = analyse(config, name, config.topology, kind, made)
             known = _measured()  # another process may have added to it meanwhile
-            known[key] = {"mark": mark, "report": dataclasses.asdict(report)}
+            known[name] = {"mark": mark, "report": dataclasses.asdict(report)}
             checkpoint.write_text(MEASURED, json.dumps(known, indent=1, sort_keys=True) + "\n")
     known = _measured()
-    return [Report(**known[key]["report"]) for key, *_ in programs("both") if key in known]
+    return [Report(**known[name]["report"]) for name, _ in programs() if name in known]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", nargs="?", help="a configuration file")
     parser.add_argument("--topology", help="v5e:8x8, v5p:2x2x2, v6e:4x4, …; default: the configuration's own")
-    parser.add_argument("--program", choices=(*PROGRAMS, "both"), help="default: train; with --all: both")
+    parser.add_argument(
+        "--program", choices=PROGRAMS, help="default: the configuration's; with --all: those of both kinds"
+    )
     parser.add_argument("--bucket", type=int, default=0, help="which of the configuration's buckets")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--markdown", action="store_true")
@@ -491,7 +470,7 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     try:
         if args.all:
-            reports = measure_all(args.again, args.only, args.program or "both")
+            reports = measure_all(args.again, args.only, args.program)
             write_table(reports)
         elif args.config:
             overrides = {}
@@ -500,20 +479,18 @@ def main(argv: list[str] | None = None) -> int:
                 if not found:
                     raise RefineError(f"{item!r}: give --config.key=value")
                 overrides[found[1]] = found[2]
-            config = train.load_config(args.config, overrides)
+            config = configuration.load(args.config, overrides)
             topology = args.topology or config.get("topology", "")
             if not topology:
                 raise RefineError("--topology: this configuration names none; give one such as v6e:4x4")
             mesh = parallel.make_mesh(dict(config.mesh), described_devices(topology))
             reports = []
-            both = args.program == "both"
-            for program in PROGRAMS if both else [args.program or "train"]:
-                made = lower(config, mesh, program, args.bucket)
-                report, text = analyse(config, Path(args.config).stem, topology, program, made)
-                if args.text:
-                    path = args.text.with_stem(f"{args.text.stem}_{program}") if both else args.text
-                    checkpoint.write_text(path, text)
-                reports.append(report)
+            program = args.program or kind_of(config)
+            made = lower(config, mesh, program, args.bucket)
+            report, text = analyse(config, Path(args.config).stem, topology, program, made)
+            if args.text:
+                checkpoint.write_text(args.text, text)
+            reports.append(report)
         else:
             raise RefineError("give a configuration, or --all")
     except RefineError as error:
