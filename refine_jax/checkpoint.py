@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from refine_jax import parallel
 from refine_jax.errors import RefineError, listed
+from refine_jax.models import quantize
 
 MANIFEST = "refine_jax.json"
 WEIGHTS = "weights.safetensors"
@@ -120,34 +121,53 @@ def load_weights(
     dtype: str | None = "float32",
     shardings: Any = None,
     progress: bool = False,
+    change: Callable[[str, Any], Any] = lambda path, kernel: kernel,
 ) -> dict[str, Any]:
     """The parameter trees of a model folder, floating leaves as `dtype` (None: as stored).
 
     `abstract` maps each wanted network to its tree of `jax.ShapeDtypeStruct`. shardings: a tree like it; then the
     leaves are jax arrays placed so, and of an orbax checkpoint a host reads what its devices hold, no more. Without,
     numpy arrays. Every missing, unexpected or wrongly shaped leaf is listed in one `RefineError`.
+
+    A matrix that is int8 in `abstract` is quantised as it is read, from the dtype in which it is stored, so that no
+    two of them are there in full; change(path, matrix): what to do to it before.
     """
     folder = Path(folder)
     wanted = traverse_util.flatten_dict(dict(abstract), sep="/")
     placed = None if shardings is None else traverse_util.flatten_dict(dict(shardings), sep="/")
     if (folder / ORBAX).is_dir():
-        return _load_orbax(folder / ORBAX, wanted, placed, dtype, progress)
+        return _load_orbax(folder / ORBAX, wanted, placed, dtype, progress, change)
     path = folder / WEIGHTS
-    flat = {}
+    flat: dict[str, Any] = {}
+    scales = quantize.quantized_paths(wanted)
     try:
         with safe_open(path, framework="numpy") as stored:
             names = {n for n in stored.keys() if n.split("/", 1)[0] in abstract}
             shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
-            _account(path, shapes, wanted)
+            _account(path, shapes, {name: leaf for name, leaf in wanted.items() if name not in scales.values()})
             for name in sorted(names):
                 array = stored.get_tensor(name)
-                array = array.astype(dtype) if dtype and _floating(array) else array
-                flat[name] = array if placed is None else jax.device_put(array, placed[name])
+                if name in scales:
+                    parts = _quantized(f"{path}: {name}", change(name, array))
+                else:
+                    parts = [array.astype(dtype) if dtype and _floating(array) else array]
+                for own, part in zip((name, scales.get(name)), parts):
+                    flat[own] = part if placed is None else jax.device_put(part, placed[own])
     except FileNotFoundError:
         raise RefineError(f"{path}: no such file; the model folder is incomplete") from None
     except (SafetensorError, OSError) as error:
         raise RefineError(f"{path}: cannot be read ({error}); copy or write the model folder again") from None
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _quantized(name: str, kernel: Any, scale: Any = None) -> tuple[Any, Any]:
+    """`quantize.quantize` of a matrix; of a jax array on its devices, `scale` says where the scale goes."""
+    made = quantize.quantize
+    if isinstance(kernel, jax.Array):
+        made = jax.jit(made, out_shardings=(kernel.sharding, scale))
+    values, scales = made(kernel)
+    quantize.check_finite(scales, name)
+    return values, scales
 
 
 def _account(path: Path, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Any]) -> None:
@@ -163,7 +183,12 @@ def _account(path: Path, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[
 
 
 def _load_orbax(
-    folder: Path, wanted: Mapping[str, Any], placed: Mapping[str, Any] | None, dtype: str | None, progress: bool
+    folder: Path,
+    wanted: Mapping[str, Any],
+    placed: Mapping[str, Any] | None,
+    dtype: str | None,
+    progress: bool,
+    change: Callable[[str, Any], Any],
 ) -> dict[str, Any]:
     """The networks under `folder`, each an orbax checkpoint."""
     trees: dict[str, Any] = {}
@@ -171,6 +196,8 @@ def _load_orbax(
     for network in tqdm(networks, unit="network", desc="loading", disable=not progress):
         path = (folder / network).absolute()
         own = {name.split("/", 1)[1]: leaf for name, leaf in wanted.items() if name.startswith(network + "/")}
+        scales = quantize.quantized_paths(own)
+        where = {name: None if placed is None else placed[f"{network}/{name}"] for name in own}
         try:
             with ocp.PyTreeCheckpointer() as checkpointer:
                 metadata = checkpointer.metadata(path).item_metadata
@@ -178,27 +205,44 @@ def _load_orbax(
                     raise ValueError("its metadata are missing or cut off")
                 stored = metadata.tree
                 stored = traverse_util.flatten_dict(stored, sep="/")
-                _account(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, own)
-                item, how = {}, {}
-                for name, leaf in own.items():
+                there = {name: leaf for name, leaf in own.items() if name not in scales.values()}
+                _account(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, there)
+                flat, left = {}, {}
+                for name, leaf in there.items():
                     kind = stored[name].dtype
-                    kind = np.dtype(dtype) if dtype and jnp.issubdtype(kind, jnp.floating) else kind
-                    item[name] = jax.ShapeDtypeStruct(leaf.shape, kind)
-                    if placed is None:
-                        how[name] = ocp.RestoreArgs(restore_type=np.ndarray, dtype=kind)
-                    else:
-                        how[name] = ocp.ArrayRestoreArgs(
-                            sharding=placed[f"{network}/{name}"], global_shape=leaf.shape, dtype=kind
-                        )
-                nest = lambda flat: traverse_util.unflatten_dict(flat, sep="/")
-                args = ocp.args.PyTreeRestore(item=nest(item), restore_args=nest(how))
-                trees[network] = checkpointer.restore(path, args=args)
+                    if dtype and name not in scales and jnp.issubdtype(kind, jnp.floating):
+                        kind = np.dtype(dtype)
+                    left[name] = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=where[name])
+                # The largest first: what is there in full has as little as can be beside it.
+                for name in sorted(scales, key=lambda name: -left[name].size):
+                    kernel = _restore(checkpointer, path, {name: left.pop(name)}, partial=True)[name]
+                    kernel, full = change(f"{network}/{name}", kernel), f"{path}: {name}"
+                    flat[name], flat[scales[name]] = _quantized(full, kernel, where[scales[name]])
+                    del kernel
+                flat |= _restore(checkpointer, path, left, partial=bool(scales))
+                trees[network] = traverse_util.unflatten_dict(flat, sep="/")
         except RefineError:
             raise
         except Exception as error:  # orbax reports a damaged array with the base class
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
             raise RefineError(f"{path}: cannot be read ({reason}); copy or convert the model again") from None
     return trees
+
+
+def _restore(
+    checkpointer: ocp.PyTreeCheckpointer, path: Path, leaves: Mapping[str, jax.ShapeDtypeStruct], partial: bool
+) -> dict[str, Any]:
+    """Leaves of an orbax checkpoint, all unless `partial`: dtypes and shardings as given, numpy where there is none."""
+    item, how = {}, {}
+    for name, leaf in leaves.items():
+        item[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        if leaf.sharding is None:
+            how[name] = ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+        else:
+            how[name] = ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+    nest = lambda flat: traverse_util.unflatten_dict(flat, sep="/")
+    args = ocp.args.PyTreeRestore(item=nest(item), restore_args=nest(how), partial_restore=partial)
+    return traverse_util.flatten_dict(checkpointer.restore(path, args=args), sep="/")
 
 
 # ----------------------------------------------------------------------------------------------- training runs

@@ -1,11 +1,12 @@
 """One door to weights: "tiny", a model folder, a folder of PyTorch files (a pipeline, BAGEL, RvR), or a hub name."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from flax import traverse_util
 from flax.linen import meta
 from tqdm import tqdm
 
-from refine_jax import checkpoint, flow, parallel, prompts
+from refine_jax import checkpoint, executables, flow, parallel, prompts
 from refine_jax.bagel import BagelModel, Marks
 from refine_jax.convert import bagel_folder, folders, lora
 from refine_jax.convert.source import Folder, Leaf
@@ -23,6 +24,8 @@ from refine_jax.convert.writer import copy_into
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig, Size
 from refine_jax.models.bagel import BagelConfig
+from refine_jax.models.quantize import check_finite, check_kind, quantized_paths
+from refine_jax.models.quantize import quantize as quantize_matrix
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "weights/**", "tokenizer/**"]
@@ -46,11 +49,11 @@ LoraLike = str | os.PathLike | tuple[str | os.PathLike, float]
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A model in memory: configuration, trees under "mmdit", "vae", "vl" or "bagel", "vae", LoRA trees under the same
-    names."""
+    """A model in memory, its weights maybe on their way: configuration, trees under "mmdit", "vae", "vl" or "bagel",
+    "vae", LoRA trees under the same names."""
 
     config: Model
-    variables: dict[str, Any]
+    variables: dict[str, Any] | executables.Later
     lora: dict[str, Any]
     tokenizer: Any
 
@@ -67,26 +70,30 @@ def load(
     weights: str | None = None,
     adapters: LoraLike | Sequence[LoraLike] = (),
     merge: bool = False,
+    quantize: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     rules: parallel.Rules = parallel.DEFAULT_RULES,
     progress: bool = False,
+    later: bool = False,
     wanted: tuple[str, ...] = (),
 ) -> Loaded:
     """Load a model; the arguments are those of `Refiner.load` and `Regenerator.load`.
 
     vae_area, condition_area, scheduler: of the Qwen-Image family; vae_sides, vit_sides, weights: of BAGEL and RvR
-    (`open_model`). wanted: (who asks, and the kinds of conditioning that will do), as `ModelConfig.require` takes them;
-    checked before any weight is read. Without, whoever calls takes both families.
+    (`open_model`). quantize: None, or "int8" (`quantized`): matrices are quantised one at a time as they are read, with
+    the adapters that are to be merged. wanted: (who asks, and the kinds of conditioning that will do), as
+    `ModelConfig.require` takes them; checked before any weight is read. Without, whoever calls takes both families.
     """
     if dtype not in _DTYPES:
         raise RefineError(f"dtype {dtype!r}: give 'float32' or 'bfloat16'")
     if scheduler not in (None, "released", "checkpoint"):
         raise RefineError(f"scheduler {scheduler!r}: give 'released' or 'checkpoint'")
+    check_kind(quantize)
     given = _adapters(adapters)
     sizes = dict(vae_area=vae_area, condition_area=condition_area, vae_sides=vae_sides, vit_sides=vit_sides)
     settings = {name: value for name, value in sizes.items() if value}
     source = open_model(model, weights=weights, dtype=dtype, param_dtype=dtype, **settings)
-    config = source.config
+    config = quantized(source.config, quantize)
     if isinstance(config, BagelModel):
         if wanted:
             _require_bagel(config, *wanted)
@@ -107,9 +114,17 @@ def load(
         extra = lora.combine(read, [weight for _, weight in given])
     if wanted and isinstance(config, ModelConfig):
         config.require(*wanted)
-    variables = source.parameters(abstract, parallel.param_shardings(boxed, mesh, rules), dtype, progress)
+    shardings = parallel.param_shardings(boxed, mesh, rules)
     if extra and merge:
-        return Loaded(config, lora.merge(variables, extra, consume=True), {}, tokenizer)
+        before, after = _by_kernel(extra, abstract)
+        variables = source.parameters(abstract, shardings, dtype, progress, before)
+        return Loaded(config, lora.merge(variables, after, consume=True), {}, tokenizer)
+    read = lambda: source.parameters(abstract, shardings, dtype, progress)
+    if later:
+        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        variables = executables.Later(jax.tree.map(place, abstract, shardings), read)
+    else:
+        variables = read()
     extra = jax.tree.map(lambda x: np.asarray(x).astype(dtype), extra)
     return Loaded(config, variables, parallel.place(extra, mesh), tokenizer)
 
@@ -146,12 +161,22 @@ class Source:
             (folder / name).write_bytes(data)
 
     def parameters(
-        self, abstract: Mapping[str, Any], shardings: Mapping[str, Any], dtype: str, progress: bool = False
+        self,
+        abstract: Mapping[str, Any],
+        shardings: Mapping[str, Any],
+        dtype: str,
+        progress: bool = False,
+        merged: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """The parameters of the networks of `abstract`, floating ones as `dtype`, placed as `shardings` says."""
+        """The parameters of the networks of `abstract`, floating ones as `dtype`, placed as `shardings` says.
+
+        Matrices that are int8 in `abstract` are quantised as they are read. merged: a ``lora`` collection to add to
+        such matrices before.
+        """
+        change = _adding(merged or {})
         if self._files is None:
-            return checkpoint.load_weights(self.folder, abstract, dtype, shardings, progress)
-        return _load_files(self._files, {name: shardings[name] for name in abstract}, dtype, progress)
+            return checkpoint.load_weights(self.folder, abstract, dtype, shardings, progress, change)
+        return _load_files(self._files, abstract, shardings, dtype, progress, change)
 
 
 def open_model(
@@ -190,6 +215,21 @@ def _with(config: Any, kinds: Mapping[str, str]) -> Any:
     if isinstance(config, BagelConfig):
         kinds = {**kinds, "vit": dataclasses.replace(config.vit, **kinds)}
     return dataclasses.replace(config, **kinds)
+
+
+def quantized(config: Model, kind: str | None) -> Model:
+    """The configuration of the same model with the matrices of its large networks in 8 bits: the MMDiT and the encoder,
+    or BAGEL's decoder; as it is where `kind` is None. Its `abstract()` and `boxed()` have them so.
+
+    kind: "int8", weights alone (`models.quantize`). Raises `RefineError` for another.
+    """
+    check_kind(kind)
+    if kind is None:
+        return config
+    parts = {name: getattr(config, name) for name in _NETWORKS[type(config)] if name != "vae"}
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(part, param_dtype=kind) for name, part in parts.items()}
+    )
 
 
 def _check_settings(family: type, settings: Mapping[str, Any]) -> None:
@@ -303,41 +343,101 @@ def _sampling(config: ModelConfig, released: bool, adapters: Sequence[Path]) -> 
     return config
 
 
-def _load_files(files: Folder, shardings: Any, dtype: str, progress: bool) -> dict[str, Any]:
+def _by_kernel(extra: Mapping[str, Any], abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A ``lora`` collection in two: of matrices that are int8, and of the others."""
+    leaves = traverse_util.flatten_dict(dict(abstract), sep="/")
+    parts: tuple[dict, dict] = {}, {}
+    for path, leaf in traverse_util.flatten_dict(dict(extra), sep="/").items():
+        kernel = leaves.get(f"{path.rpartition('/')[0]}/kernel")
+        parts[kernel is None or kernel.dtype != np.int8][path] = leaf
+    return tuple(traverse_util.unflatten_dict(part, sep="/") for part in parts)
+
+
+def _adding(extra: Mapping[str, Any]) -> Callable[..., Any]:
+    """(path, kernel, index or None of its block) -> the kernel with the entry of `extra` added (`lora.merge`)."""
+    leaves = traverse_util.flatten_dict(dict(extra), sep="/")
+
+    def add(path: str, kernel: Any, block: int | None = None) -> Any:
+        layer = path.rpartition("/")[0]
+        pair = {name: leaves[f"{layer}/{name}"] for name in "ab" if f"{layer}/{name}" in leaves}
+        if not pair:
+            return kernel
+        pair = pair if block is None else {name: leaf[block] for name, leaf in pair.items()}
+        merged = lora.merge({layer: {"kernel": kernel}}, {layer: pair})
+        return traverse_util.flatten_dict(merged, sep="/")[path]
+
+    return add
+
+
+def _load_files(
+    files: Folder, abstract: Any, shardings: Any, dtype: str, progress: bool, change: Callable[..., Any]
+) -> dict[str, Any]:
     """The tensors of a folder of PyTorch files, one at a time, each straight to the devices that hold a part of it."""
-    wanted = [leaf for network in shardings for leaf in files.leaves[network].values()]
-    total = sum(tensor.nbytes for leaf in wanted for _, tensor, _ in leaf.pieces)
+    total = sum(t.nbytes for network in abstract for leaf in files.leaves[network].values() for _, t, _ in leaf.pieces)
     trees = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not progress) as bar:
-        for network in shardings:
-            leaves = files.leaves[network]
+        for network in abstract:
             placed = traverse_util.flatten_dict(shardings[network], sep="/")
-            flat = {}
-            for path, leaf in leaves.items():
-                flat[path] = _load_leaf(leaf, placed[path], dtype, bar)
+            wanted = traverse_util.flatten_dict(abstract[network], sep="/")
+            scales, flat = quantized_paths(wanted), {}
+            for path, leaf in files.leaves[network].items():
+                kinds = {path: np.dtype(dtype)}
+                make = lambda block, made: (made,)
+                if path in scales:
+                    kinds = {path: np.dtype(np.int8), scales[path]: np.dtype(np.float32)}
+                    make = functools.partial(_quantized, f"{network}/{path}", change)
+                arrays = {name: _Assembly(wanted[name].shape, kind, placed[name]) for name, kind in kinds.items()}
+                _read_leaf(leaf, list(arrays.values()), make, bar)
+                for name, array in arrays.items():
+                    flat[name] = array.finish()
             trees[network] = traverse_util.unflatten_dict(flat, sep="/")
     return trees
 
 
-def _load_leaf(leaf: Leaf, sharding: Any, dtype: str, bar: tqdm) -> jax.Array:
-    shape = leaf.abstract.shape
-    regions = {}  # a region that several devices hold is made once
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        region = tuple(range(*axis.indices(size)) for axis, size in zip(index, shape))
-        regions.setdefault(region, []).append(device)
-    parts = {region: np.empty([len(axis) for axis in region], dtype) for region in regions}
+def _quantized(path: str, change: Callable[..., Any], block: int | None, made: np.ndarray) -> tuple[Any, Any]:
+    values, scale = quantize_matrix(change(path, made, block))
+    check_finite(scale, path if block is None else f"{path}, block {block}")
+    return values, scale
+
+
+def _read_leaf(
+    leaf: Leaf, arrays: Sequence["_Assembly"], make: Callable[[int | None, np.ndarray], tuple[Any, ...]], bar: tqdm
+) -> None:
+    """Fill the arrays that are made of a leaf; make: (block, what the transform gives) -> a piece of each."""
     for block, tensor, how in leaf.pieces:
         bar.update(tensor.nbytes)
-        if block is not None and not any(block in region[0] for region in regions):
-            continue  # another host's
-        made = how.forward(tensor.read())
-        for region, part in parts.items():
-            inner = region if block is None else region[1:]
+        if any(array.wants(block) for array in arrays):  # otherwise another host's
+            for array, piece in zip(arrays, make(block, how.forward(tensor.read()))):
+                array.put(block, piece)
+
+
+class _Assembly:
+    """An array that grows on the host, as far as the devices here hold it; what several hold is made once."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding):
+        self._shape, self._sharding = shape, sharding
+        self._devices: dict[tuple[range, ...], list[jax.Device]] = {}
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            region = tuple(range(*axis.indices(size)) for axis, size in zip(index, shape))
+            self._devices.setdefault(region, []).append(device)
+        self._parts = {region: np.empty([len(axis) for axis in region], dtype) for region in self._devices}
+
+    def wants(self, block: int | None) -> bool:
+        """Whether a device here holds a part of this block of axis 0 (None: of the whole)."""
+        return block is None or any(block in region[0] for region in self._parts)
+
+    def put(self, block: int | None, made: np.ndarray) -> None:
+        """Set a block, or the whole."""
+        for region, part in self._parts.items():
             if block is not None and block not in region[0]:
                 continue
+            inner = region if block is None else region[1:]
             cut = made[tuple(slice(axis.start, axis.stop) for axis in inner)]
             copied = np.empty(cut.shape, cut.dtype)
             copy_into(copied, cut)
             part[... if block is None else block - region[0].start] = copied
-    arrays = [jax.device_put(parts[region], device) for region, devices in regions.items() for device in devices]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    def finish(self) -> jax.Array:
+        """The array on its devices."""
+        arrays = [jax.device_put(self._parts[region], d) for region, devices in self._devices.items() for d in devices]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, arrays)

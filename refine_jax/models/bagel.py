@@ -19,6 +19,7 @@ from flax import linen as nn
 from flax import struct
 
 from refine_jax.errors import RefineError
+from refine_jax.models import quantize
 from refine_jax.models.attention import attention
 from refine_jax.models.layers import (
     Dense,
@@ -45,7 +46,8 @@ class BagelConfig:
     """The decoder by the names of `llm_config.json`, then of `config.json`; defaults are BAGEL-7B-MoT's (and RvR's).
 
     latent_patch_size: latents a side of a token; latent_channels: of the VAE; max_latent_size and
-    vit_max_num_patch_per_side: sides of the two position grids. remat: what a layer keeps for its gradient
+    vit_max_num_patch_per_side: sides of the two position grids. param_dtype: "float32", "bfloat16", or "int8": the
+    matrices of the layers in 8 bits (`quantize`), the rest as `dtype`. remat: what a layer keeps for its gradient
     (`layers.remat_policy`); scan: layers in one `nn.scan` over stacked parameters (`layers`), otherwise one module a
     layer (`layers_0`, …). `vit` has its own dtype, remat and scan.
     """
@@ -86,6 +88,11 @@ class BagelConfig:
     def head_dim(self) -> int:
         """Features of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def floating(self) -> str:
+        """The dtype of the parameters that are never quantised."""
+        return quantize.floating(self.param_dtype, self.dtype)
 
     @property
     def latent_dim(self) -> int:
@@ -230,15 +237,16 @@ class Expert(nn.Module):
     def setup(self):
         cfg = self.config
         kinds = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        norm = dict(dtype=cfg.dtype, param_dtype=cfg.floating)
         width, kv_width = cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim
-        self.input_layernorm = RMSNorm(cfg.rms_norm_eps, **kinds)
+        self.input_layernorm = RMSNorm(cfg.rms_norm_eps, **norm)
         self.q_proj = Dense(width, ("embed", "heads"), **kinds)
         self.k_proj = Dense(kv_width, ("embed", "heads"), **kinds)
         self.v_proj = Dense(kv_width, ("embed", "heads"), **kinds)
-        self.q_norm = RMSNorm(cfg.rms_norm_eps, **kinds)
-        self.k_norm = RMSNorm(cfg.rms_norm_eps, **kinds)
+        self.q_norm = RMSNorm(cfg.rms_norm_eps, **norm)
+        self.k_norm = RMSNorm(cfg.rms_norm_eps, **norm)
         self.o_proj = Dense(width, ("heads", "embed"), use_bias=False, **kinds)
-        self.post_attention_layernorm = RMSNorm(cfg.rms_norm_eps, **kinds)
+        self.post_attention_layernorm = RMSNorm(cfg.rms_norm_eps, **norm)
         self.mlp = GatedMLP(width, cfg.intermediate_size, False, **kinds)
 
     def project(self, x: Array, turns: tuple[Array, Array]) -> tuple[Array, Array, Array]:
@@ -330,7 +338,7 @@ class Decoder(nn.Module):
         norms = [
             None
             if x is None
-            else RMSNorm(config.rms_norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name)(x)
+            else RMSNorm(config.rms_norm_eps, dtype=config.dtype, param_dtype=config.floating, name=name)(x)
             for x, name in zip(streams, ("norm", "norm_gen"))
         ]
         return (norms[0], norms[1]), kept
@@ -344,7 +352,7 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
-        width, kind = self.config.hidden_size, self.config.param_dtype
+        width, kind = self.config.hidden_size, self.config.floating
         init = nn.initializers.normal(0.02)
         x = timestep_embedding(t.reshape(-1), TIME_CHANNELS)
         x = nn.silu(Dense(width, ("in_channels", "mlp"), param_dtype=kind, kernel_init=init, name="fc1")(x))
@@ -360,7 +368,7 @@ class Connector(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         cfg = self.config
-        kinds = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        kinds = dict(dtype=cfg.dtype, param_dtype=cfg.floating)
         x = nn.gelu(Dense(cfg.hidden_size, ("embed", "mlp"), name="fc1", **kinds)(x), approximate=True)
         return Dense(cfg.hidden_size, ("mlp", "embed"), name="fc2", **kinds)(x)
 
@@ -372,12 +380,12 @@ class Bagel(nn.Module):
 
     def setup(self):
         cfg = self.config
-        kinds = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        kinds = dict(dtype=cfg.dtype, param_dtype=cfg.floating)
         self.embed_tokens = self.param(
             "embed_tokens",
             nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
             (cfg.vocab_size, cfg.hidden_size),
-            jnp.dtype(cfg.param_dtype),
+            jnp.dtype(cfg.floating),
         )
         self.vit_model = Siglip(cfg.vit)
         self.connector = Connector(cfg)

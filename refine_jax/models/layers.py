@@ -22,6 +22,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from refine_jax.errors import RefineError
+from refine_jax.models import quantize
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -100,6 +101,9 @@ class Dense(nn.Module):
     Parameters: ``kernel [in, out]``, ``bias [out]``. LoRA: ``a [in, r]``, ``b [r, out]`` with the scale alpha / r
     already folded into ``b``; several adapters stack by concatenation along r. With no ``lora`` entry this is the base
     layer.
+
+    With `param_dtype` "int8" the kernel is int8 and ``kernel_scale [out] float32`` stands beside it (`quantize`); a
+    fresh initialisation is zero, for such weights are made from others. The bias is in `dtype`.
     """
 
     features: int
@@ -113,18 +117,24 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """x [..., in] -> [..., features] in `dtype`."""
-        dtype = jnp.dtype(self.dtype)
+        dtype, quantized = jnp.dtype(self.dtype), self.param_dtype in quantize.KINDS
+        init = nn.initializers.zeros_init() if quantized else self.kernel_init
         kernel = self.param(
             "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.kernel_axes),
+            nn.with_logical_partitioning(init, self.kernel_axes),
             (x.shape[-1], self.features),
             jnp.dtype(self.param_dtype),
         )
         x = x.astype(dtype)
-        kernel = kernel.astype(dtype)
+        if not quantized:  # gathered in the smaller of the two dtypes
+            kernel = kernel.astype(dtype)
         if "time" not in self.kernel_axes:  # those act on a vector a sample, which is split like their rows instead
             kernel = gathered_in_turn(kernel, self.kernel_axes)
-        y = jnp.dot(x, kernel)
+        y = jnp.dot(x, kernel.astype(dtype))
+        if quantized:
+            ones = nn.with_logical_partitioning(nn.initializers.ones_init(), self.kernel_axes[1:])
+            scale = self.param(quantize.SCALE, ones, (self.features,), jnp.float32)
+            y = (y.astype(jnp.float32) * scale).astype(dtype)
         if self.has_variable("lora", "a"):
             a = nn.meta.unbox(self.get_variable("lora", "a"))
             b = nn.meta.unbox(self.get_variable("lora", "b"))
@@ -134,7 +144,7 @@ class Dense(nn.Module):
                 "bias",
                 nn.with_logical_partitioning(self.bias_init, self.kernel_axes[1:]),
                 (self.features,),
-                jnp.dtype(self.param_dtype),
+                jnp.dtype(quantize.floating(self.param_dtype, self.dtype)),
             )
             y = y + bias.astype(dtype)
         return y

@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from refine_jax.errors import RefineError
+from refine_jax.models import quantize
 from refine_jax.models.attention import attention
 from refine_jax.models.layers import (
     Dense,
@@ -39,8 +40,9 @@ EPS = 1e-6
 class MMDiTConfig:
     """Sizes as in the `config.json` of a diffusers transformer folder, then how to compute.
 
-    zero_cond_t: condition-image tokens are modulated with t = 0 (Edit-2511). remat: what a block keeps for its gradient
-    (`layers.remat_policy`). scan: blocks in one `nn.scan` over stacked parameters (`blocks`), otherwise one
+    zero_cond_t: condition-image tokens are modulated with t = 0 (Edit-2511). param_dtype: "float32", "bfloat16", or
+    "int8": the matrices of the blocks in 8 bits (`quantize`), the rest as `dtype`. remat: what a block keeps for its
+    gradient (`layers.remat_policy`). scan: blocks in one `nn.scan` over stacked parameters (`blocks`), otherwise one
     module a block (`blocks_0`, …); `stack_blocks` and `unstack_blocks` convert trees.
     """
 
@@ -73,6 +75,11 @@ class MMDiTConfig:
     def width(self) -> int:
         """Features of both residual streams."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def floating(self) -> str:
+        """The dtype of the parameters that are never quantised."""
+        return quantize.floating(self.param_dtype, self.dtype)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **overrides: Any) -> "MMDiTConfig":
@@ -128,6 +135,12 @@ def _dense(config: MMDiTConfig, features: int, axes: tuple[str, str], name: str,
     return Dense(features, axes, dtype=config.dtype, param_dtype=config.param_dtype, kernel_init=kernel_init, name=name)
 
 
+def _edge(config: MMDiTConfig, features: int, axes: tuple[str, str], name: str, kernel_init: Any = _xavier) -> Dense:
+    """Of the first and last layers, which are never quantised."""
+    kinds = dict(dtype=config.dtype, param_dtype=config.floating)
+    return Dense(features, axes, **kinds, kernel_init=kernel_init, name=name)
+
+
 class TimeEmbedding(nn.Module):
     """sigma [B] in [0, 1] -> [B, width] float32 (`QwenTimestepProjEmbeddings`)."""
 
@@ -135,7 +148,7 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, sigma: Array) -> Array:
-        width, kind = self.config.width, self.config.param_dtype
+        width, kind = self.config.width, self.config.floating
         init = nn.initializers.normal(0.02)
         x = timestep_embedding(sigma, TIME_CHANNELS, scale=TIME_SCALE)
         x = Dense(width, ("in_channels", "embed"), param_dtype=kind, kernel_init=init, name="linear_1")(x)
@@ -171,7 +184,7 @@ class JointAttention(nn.Module):
         def project(x: Array, length: str, turns: tuple[Array, Array], name: str, norm: str | None) -> Array:
             x = _dense(config, config.width, ("embed", "heads"), name)(x).reshape(*x.shape[:2], *heads)
             if norm is not None:
-                x = RMSNorm(eps=EPS, dtype=config.dtype, param_dtype=config.param_dtype, name=norm)(x)
+                x = RMSNorm(eps=EPS, dtype=config.dtype, param_dtype=config.floating, name=norm)(x)
                 x = apply_rotary(x, *turns, interleaved=True)
             return constrain(x, "batch", length, "act_heads", None)
 
@@ -272,9 +285,9 @@ class MMDiT(nn.Module):
         dtype = jnp.dtype(config.dtype)
         batch, n_text, n_image = text.shape[0], text.shape[1], latents.shape[1]
 
-        image = _dense(config, config.width, ("in_channels", "embed"), "img_in")(latents)
-        text = RMSNorm(eps=EPS, dtype=config.dtype, param_dtype=config.param_dtype, name="txt_norm")(text)
-        text = _dense(config, config.width, ("in_channels", "embed"), "txt_in")(text)
+        image = _edge(config, config.width, ("in_channels", "embed"), "img_in")(latents)
+        text = RMSNorm(eps=EPS, dtype=config.dtype, param_dtype=config.floating, name="txt_norm")(text)
+        text = _edge(config, config.width, ("in_channels", "embed"), "txt_in")(text)
         text = constrain(text, "batch", "text_length", "act_embed")
         image = constrain(image, "batch", "length", "act_embed")
 
@@ -317,12 +330,12 @@ class MMDiT(nn.Module):
 
         # Only the target's tokens leave, and they are always modulated with t itself.
         scale, shift = jnp.split(
-            _dense(config, 2 * config.width, ("embed", "time"), "norm_out", _zeros)(time[:batch]), 2, axis=-1
+            _edge(config, 2 * config.width, ("embed", "time"), "norm_out", _zeros)(time[:batch]), 2, axis=-1
         )
         image = layer_norm(image[:, :target_length], EPS)
         image = image * (1.0 + scale.astype(jnp.float32))[:, None] + shift.astype(jnp.float32)[:, None]
         features = config.patch_size**2 * config.out_channels
-        return _dense(config, features, ("embed", "out_channels"), "proj_out", _zeros)(image).astype(jnp.float32)
+        return _edge(config, features, ("embed", "out_channels"), "proj_out", _zeros)(image).astype(jnp.float32)
 
 
 def stack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:

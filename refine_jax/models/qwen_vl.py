@@ -23,6 +23,7 @@ from refine_jax.models.layers import (
     rotary_angles,
     rotary_frequencies,
 )
+from refine_jax.models.quantize import floating
 from refine_jax.models.qwen_vl_config import (
     Grid,
     QwenVLConfig,
@@ -167,9 +168,10 @@ class VisionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, full: Array, cos: Array, sin: Array, windows: Windows) -> tuple[Array, None]:
         cfg, kinds = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        y = RMSNorm(_VISION_EPS, name="norm1", **kinds)(x)
+        norm = dict(dtype=self.dtype, param_dtype=floating(self.param_dtype, self.dtype))
+        y = RMSNorm(_VISION_EPS, name="norm1", **norm)(x)
         x = x + VisionAttention(cfg, name="attn", **kinds)(y, full, cos, sin, windows)
-        y = RMSNorm(_VISION_EPS, name="norm2", **kinds)(x)
+        y = RMSNorm(_VISION_EPS, name="norm2", **norm)(x)
         x = x + GatedMLP(cfg.hidden_size, cfg.intermediate_size, True, name="mlp", **kinds)(y)
         return constrain(x, "batch", "length", "act_embed"), None
 
@@ -222,9 +224,10 @@ class TextLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, mask: Array, cos: Array, sin: Array) -> tuple[Array, None]:
         cfg, kinds = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        y = RMSNorm(cfg.rms_norm_eps, name="input_layernorm", **kinds)(x)
+        norm = dict(dtype=self.dtype, param_dtype=floating(self.param_dtype, self.dtype))
+        y = RMSNorm(cfg.rms_norm_eps, name="input_layernorm", **norm)(x)
         x = x + TextAttention(cfg, name="self_attn", **kinds)(y, mask, cos, sin)
-        y = RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm", **kinds)(x)
+        y = RMSNorm(cfg.rms_norm_eps, name="post_attention_layernorm", **norm)(x)
         x = x + GatedMLP(cfg.hidden_size, cfg.intermediate_size, False, name="mlp", **kinds)(y)
         return constrain(x, "batch", "length", "act_embed"), None
 
@@ -267,6 +270,7 @@ class VisionTower(nn.Module):
     def __call__(self, patches: Array, grid: Grid) -> Array:
         """Patches [B, P, patch_dim] -> merged tokens [B, P / merge², out_hidden]."""
         cfg, kinds = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        edges = dict(dtype=self.dtype, param_dtype=floating(self.param_dtype, self.dtype))
         merge = cfg.spatial_merge_size
         if patches.shape[1:] != (grid[0] * grid[1], cfg.patch_dim) or grid[0] % merge or grid[1] % merge:
             raise ValueError(
@@ -278,10 +282,10 @@ class VisionTower(nn.Module):
         full = np.isin(np.arange(cfg.depth), cfg.fullatt_block_indexes)
 
         # The reference's Conv3d has stride = kernel, so it is one matrix product per patch.
-        x = Dense(cfg.hidden_size, ("in_channels", "embed"), use_bias=False, name="patch_embed", **kinds)(patches)
+        x = Dense(cfg.hidden_size, ("in_channels", "embed"), use_bias=False, name="patch_embed", **edges)(patches)
         blocks = _stack(VisionBlock, cfg.depth, self.remat, (0, nn.broadcast, nn.broadcast, nn.broadcast))
         x, _ = blocks(cfg, name="blocks", **kinds)(x, jnp.asarray(full), cos, sin, windows)
-        return PatchMerger(cfg, name="merger", **kinds)(x)
+        return PatchMerger(cfg, name="merger", **edges)(x)
 
 
 class LanguageModel(nn.Module):
@@ -302,11 +306,12 @@ class LanguageModel(nn.Module):
         image_index: Array | None = None,
     ) -> Array:
         cfg, kinds = self.config, dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        edges = dict(dtype=self.dtype, param_dtype=floating(self.param_dtype, self.dtype))
         table = self.param(
             "embed_tokens",
             nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed")),
             (cfg.vocab_size, cfg.hidden_size),
-            jnp.dtype(self.param_dtype),
+            jnp.dtype(edges["param_dtype"]),
         )
         x = jnp.take(table, ids, axis=0).astype(self.dtype)
         if image_tokens is not None:
@@ -319,7 +324,7 @@ class LanguageModel(nn.Module):
         visible = (order[:, None] >= order) & mask[:, None, None, :].astype(bool)
         layers = _stack(TextLayer, cfg.num_hidden_layers, self.remat, nn.broadcast)
         x, _ = layers(cfg, name="layers", **kinds)(x, visible, cos, sin)
-        return RMSNorm(cfg.rms_norm_eps, name="norm", **kinds)(x)
+        return RMSNorm(cfg.rms_norm_eps, name="norm", **edges)(x)
 
 
 class QwenVL(nn.Module):

@@ -102,7 +102,8 @@ class TextConfig:
 class QwenVLConfig:
     """Both halves, the ids of the tokens that stand for images, and how to compute.
 
-    dtype: compute; param_dtype: storage ("float32" | "bfloat16"). remat: None, "full", or the name of a policy in
+    dtype: compute; param_dtype: storage ("float32" | "bfloat16" | "int8": the matrices of the blocks in 8 bits
+    (`quantize`), the rest as `dtype`). remat: None, "full", or the name of a policy in
     `jax.checkpoint_policies`.
     """
 
