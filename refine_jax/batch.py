@@ -258,7 +258,7 @@ class Scheduler:
         for order, row in enumerate(task.job.rows):
             key = (id(task.door), row.bucket)
             self._queues.setdefault(key, []).append((task, order))
-            self._pixels += _pixels(row.bucket)
+            self._pixels += _share(task)
             if len(self._queues[key]) == self._batch_size:
                 self._dispatch(key)
         waiting = sum(map(len, self._queues.values()))
@@ -269,7 +269,7 @@ class Scheduler:
 
     def _dispatch(self, key: Any) -> None:
         rows = self._queues.pop(key)
-        self._pixels -= len(rows) * _pixels(key[1])
+        self._pixels -= sum(_share(task) for task, _ in rows)
         batch = _Batch(rows[0][0].door, key[1], rows)
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
@@ -374,8 +374,9 @@ def _measure(intervals: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def _pixels(bucket: serving.Bucket) -> int:
-    return int(np.prod(bucket.sizes[:2]))
+def _share(task: _Task) -> int:
+    """Pixels that a waiting row keeps in memory."""
+    return task.job.pixels // len(task.job.rows)
 
 
 # -------------------------------------------------------------------------------------------------------------- the run
@@ -451,7 +452,8 @@ def run(
         summary.programs, summary.programs_loaded = doors.store.counts.compiled, doors.store.counts.loaded
         summary.compile_seconds = doors.store.counts.compile_seconds
         if leads:
-            _report(output, listed, summary, share)
+            with contextlib.suppress(RefineError, OSError):  # not in place of what ended the run
+                _report(output, listed, summary, share)
     if scheduler.stopped:
         done = summary.done + summary.refused + summary.failed
         raise Preempted(f"{done} of {len(mine)} requests are recorded")

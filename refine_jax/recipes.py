@@ -267,7 +267,7 @@ def batch(**changes: object) -> ml_collections.ConfigDict:
     config.quantize = ""
     config.vae_area = 0
     config.condition_area = 0
-    config.batch_size = 8
+    config.batch_size = 4
     config.aspects = tuple(2 ** (k / 2) for k in range(-6, 7))
     config.mesh = dict()
     config.rules = dict()

@@ -219,6 +219,10 @@ class _Region:
     noise: np.ndarray | jax.Array | None
     several: bool
 
+    @property
+    def reference_pixels(self) -> int:
+        return self.reference.rgb.size // 3 if self.reference is not None else 0
+
 
 @dataclasses.dataclass(frozen=True)
 class _Shown:
@@ -448,7 +452,7 @@ class Refiner(serving.Door):
                     bucket=Bucket(base, (*sides, length, *self._room(reference))),
                     window=window,
                     picture=picture.rgb[y1:y2, x1:x2],
-                    mask=mask[y1:y2, x1:x2],
+                    mask=mask[y1:y2, x1:x2].copy(),  # not a view, which would keep the whole one
                     box=np.array([0, 0, x2 - x1, y2 - y1], np.int32),
                     reference=reference,
                     prompt=prompt,
@@ -460,7 +464,8 @@ class Refiner(serving.Door):
                     several=count > 1,
                 )
             )
-        return serving.Job(tuple(regions), functools.partial(self._finish, picture, regions))
+        pixels = picture.rgb.size // 3 + sum(row.mask.size + row.reference_pixels for row in regions)
+        return serving.Job(tuple(regions), functools.partial(self._finish, picture, regions), pixels)
 
     def _finish(self, picture: images.Picture, regions: Sequence[_Region], results: Sequence[Any]) -> Image.Image:
         """The picture with its regions: one, pasted by the program; or several, pasted in turn."""
@@ -505,6 +510,10 @@ class Refiner(serving.Door):
     def _merged(self, views: Sequence[Size]) -> int:
         """Tokens of a view in a prompt."""
         return view_tokens(self.model, views)
+
+    def _focus(self, mask: np.ndarray, size: tuple[int, int], margin: float) -> np.ndarray:
+        box, _ = focus.mask_box(mask)
+        return focus.focus_box(box, *size, margin=margin)
 
     def _encode(self, text: str, grids: Sequence[Size]) -> prompts.TokenizedPrompt:
         """A prompt about pictures of these grids."""

@@ -463,9 +463,10 @@ def _padded(rows: Sequence[np.ndarray], length: int) -> bagel.Prompt:
 
 def _job(request: _Request, rounds: int) -> serving.Job:
     """Of no rounds the picture is the result."""
+    pixels = 0 if request.picture is None else request.picture.rgb.size // 3
     if rounds == 0:
-        return serving.Job((), lambda _: Image.fromarray(request.picture.rgb))
-    return serving.Job((request,), lambda results: Image.fromarray(results[0]))
+        return serving.Job((), lambda _: Image.fromarray(request.picture.rgb), pixels)
+    return serving.Job((request,), lambda results: Image.fromarray(results[0]), pixels)
 
 
 def _sides_of(picture: images.Picture | None) -> tuple[int, int]:

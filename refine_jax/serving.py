@@ -42,10 +42,12 @@ def join(buckets: Iterable[Bucket]) -> Bucket:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One request, decoded. rows: each has a `bucket`; finish: from a result for each row, as numpy arrays."""
+    """One request, decoded. rows: each has a `bucket`; finish: from a result for each row, as numpy arrays; pixels: so
+    many are kept in memory until then."""
 
     rows: tuple[Any, ...]
     finish: Callable[[Sequence[Any]], Image.Image]
+    pixels: int
 
 
 class Door:

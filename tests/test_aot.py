@@ -171,6 +171,37 @@ def test_a_tpu_programs_text():
     assert collective.what == "jit(step)/blocks"
 
 
+CHAIN = """\
+HloModule step, is_scheduled=true
+
+%first (p: bf16[16,128]) -> bf16[64,128] {
+  %p = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gather.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, \
+dimensions={0}, frontend_attributes={chain_id="CHAIN_OF_1"}
+}
+
+%second (q: bf16[16,128]) -> bf16[64,128] {
+  %q = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gather.2 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%q), channel_id=1, replica_groups={{0,1,2,3}}, \
+dimensions={0}, frontend_attributes={chain_id="CHAIN_OF_2"}
+}
+
+ENTRY %main (a: bf16[16,128]) -> (bf16[64,128], bf16[64,128]) {
+  %a = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %one = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%a), kind=kCustom, calls=%first
+  %two = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%a), kind=kCustom, calls=%second
+  ROOT %both = (bf16[64,128]{1,0}, bf16[64,128]{1,0}) tuple(%one, %two)
+}
+"""
+
+
+@pytest.mark.parametrize("chains, count", [(("5", "5"), 1), (("5", "6"), 2)])
+def test_a_collective_behind_several_fusions_counts_once(chains, count):
+    """The compiler writes it into each of the fusions that it goes on behind, with the number of its chain."""
+    text = CHAIN.replace("CHAIN_OF_1", chains[0]).replace("CHAIN_OF_2", chains[1])
+    assert [one.bytes for one in hlo.Module(text).work().collectives] == [3 * 16 * 128 * 2] * count
+
+
 SCATTER = """\
 HloModule step, is_scheduled=true
 

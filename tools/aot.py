@@ -256,11 +256,11 @@ def _kind(chip: flops.Chip) -> str:
 
 def architecture(config: ml_collections.ConfigDict) -> ModelConfig | None:
     """The network that a configuration trains, without opening a file of weights; None for the VAE's objective."""
-    if config.objective == "vae":
+    if config.get("objective") == "vae":
         return None
     if config.get("variant"):
         return PUBLISHED[config.variant]
-    if config.init_from:
+    if config.get("init_from"):
         return loading.read_config(config.init_from)
     raise RefineError("model: only the published variants and models at hand can be compiled ahead; set init_from")
 

@@ -177,6 +177,7 @@ class Module:
     def work(self) -> Work:
         """All that happens in one run, on one chip."""
         flops, hbm, kernels, collectives = 0.0, 0.0, defaultdict(float), []
+        self._chains: set[str] = set()  # collectives met that go on through several fusions
         for name, times in self.times.items():
             computation = self.computations[name]
             for instruction in computation.values():
@@ -287,6 +288,12 @@ class Module:
         opcode = instruction.opcode.removesuffix("-start")
         if opcode not in COLLECTIVES:
             return []
+        # One that goes on behind several fusions in turn stands in each of them.
+        chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+        if chain and chain[1] in self._chains:
+            return []
+        if chain:
+            self._chains.add(chain[1])
         if opcode == "all-reduce" and fused and _cut(computation, instruction.name):
             opcode = "reduce-scatter"
         given = sum(computation[name].bytes for name in instruction.operands if name in computation)
