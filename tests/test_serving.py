@@ -1,0 +1,213 @@
+"""Rows, buckets and the scheduler, with doors that compute nothing."""
+
+import json
+import random
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refine_jax import batch, executables, parallel, serving
+from refine_jax.errors import RefineError
+from refine_jax.manifest import Refused, Request
+from refine_jax.refine import ASPECTS, grown
+
+
+class PlainDoor:
+    """Its rows are numbers, their results too; `bad` buckets fail."""
+
+    def __init__(self, batch_size: int, slow: float = 0.0, bad: tuple = ()):
+        self.batch_size, self.slow, self.bad = batch_size, slow, bad
+        self.programs = executables.Store()
+        self.launched: list[tuple] = []
+
+    def read(self, rows: list, pixels: int = 1, broken: str = "") -> serving.Job:
+        time.sleep(self.slow * random.random())
+        if broken:
+            raise RefineError(broken)
+        made = tuple(SimpleNamespace(bucket=serving.Bucket(bucket, (1,)), value=value) for bucket, value in rows)
+        return serving.Job(made, lambda results: sum(results), pixels)
+
+    def launch(self, bucket, rows):
+        time.sleep(self.slow * random.random())
+        self.launched.append((bucket.base, tuple(row.value for row in rows)))
+        if bucket.base in self.bad:
+            raise MemoryError("too large")
+        return np.array([row.value for row in rows])
+
+    def fetch(self, launched, count):
+        return list(launched)
+
+    def rows_of(self, count):
+        return self.batch_size
+
+
+def run(requests: list, batch_size: int = 4, workers: int = 2, **door) -> tuple[dict, dict, PlainDoor, batch.Scheduler]:
+    made = PlainDoor(batch_size, **door)
+    done, refused, lock = {}, {}, threading.Lock()
+
+    def finish(request, picture):
+        with lock:
+            assert request.id not in done
+            done[request.id] = picture
+
+    scheduler = batch.Scheduler(
+        {"refine": lambda: made},
+        finish,
+        lambda request, status, reason: refused.__setitem__(request.id, (status, reason)),
+        batch_size=batch_size,
+        workers=workers,
+    )
+    scheduler.run(iter(requests))
+    return done, refused, made, scheduler
+
+
+def request(index: int, **arguments) -> Request:
+    return Request(index, index + 1, str(index), "refine", arguments, "")
+
+
+REQUESTS = st.lists(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 99)), max_size=6).map(
+        lambda rows: dict(rows=rows, pixels=len(rows) * 10_000_000)
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(asked=REQUESTS, batch_size=st.integers(1, 6), workers=st.integers(1, 4))
+def test_every_request_is_answered_once_whatever_the_timing(asked, batch_size, workers):
+    requests = [request(k, **arguments) for k, arguments in enumerate(asked)]
+    done, refused, door, scheduler = run(requests, batch_size, workers, slow=0.002)
+    assert done == {str(k): sum(value for _, value in arguments["rows"]) for k, arguments in enumerate(asked)}
+    assert not refused and all(1 <= len(rows) <= batch_size for _, rows in door.launched)
+    assert scheduler.summary.rows == sum(len(arguments["rows"]) for arguments in asked)
+    # Processes that share the chips of one model form the same batches, however fast each of them reads.
+    assert run(requests, batch_size, 1)[2].launched == door.launched
+
+
+def test_pictures_that_wait_have_a_bound():
+    """Rows of a rare bucket do not wait for ever for others while the memory fills."""
+    requests = [request(k, rows=[(k, 1)], pixels=batch._PIXELS // 3) for k in range(9)]
+    _, _, door, _ = run(requests, batch_size=4)
+    assert [base for base, _ in door.launched] == list(range(9)), "the oldest goes first"
+
+
+def test_what_is_wrong_with_one_request_is_its_own():
+    requests = [request(k, rows=[("a", k)]) for k in range(6)]
+    requests[2] = request(2, rows=[], broken="no such file")
+    requests[4] = Refused(4, 5, "4", "line 5: no JSON")
+    requests[5] = request(5, nonsense=1)
+    done, refused, _, _ = run(requests)
+    assert set(done) == {"0", "1", "3"}
+    assert refused["2"] == (batch.REFUSED, "no such file") and refused["4"] == (batch.REFUSED, "line 5: no JSON")
+    assert refused["5"][0] == batch.FAILED and "nonsense" in refused["5"][1]
+
+
+def test_a_batch_that_fails_takes_its_requests_along_and_no_others():
+    requests = [request(k, rows=[("a", k), ("bad" if k == 3 else "b", k)]) for k in range(8)]
+    done, refused, _, _ = run(requests, bad=("bad",))
+    assert set(done) == {str(k) for k in range(8)} - {"3"}
+    assert list(refused) == ["3"] and refused["3"][0] == batch.FAILED and "too large" in refused["3"][1]
+
+
+def test_a_device_that_is_lost_ends_the_run():
+    with pytest.raises(RefineError, match="3 batches in a row failed"):
+        run([request(k, rows=[("bad", k)]) for k in range(40)], batch_size=1, bad=("bad",))
+
+
+def test_a_full_disk_ends_the_run():
+    def finish(request, picture):
+        raise RefineError("result: cannot be written (No space left on device)")
+
+    door = PlainDoor(2)
+    scheduler = batch.Scheduler({"refine": lambda: door}, finish, lambda *_: None, batch_size=2, workers=1)
+    with pytest.raises(RefineError, match="No space left"):
+        scheduler.run(request(k, rows=[("a", k)]) for k in range(100))
+    assert len(door.launched) < 50
+
+
+@given(
+    box=st.tuples(*[st.integers(0, 500)] * 2, *[st.integers(1, 400)] * 2),
+    spare=st.tuples(*[st.integers(0, 300)] * 2),
+    aspect=st.sampled_from(ASPECTS),
+)
+def test_a_grown_box_holds_the_box_and_stays_in_the_picture(box, spare, aspect):
+    x, y, width, height = box
+    size = (x + width + spare[0], y + height + spare[1])
+    x1, y1, x2, y2 = grown(np.array([x, y, x + width, y + height]), aspect, size).tolist()
+    assert 0 <= x1 <= x < x + width <= x2 <= size[0] and 0 <= y1 <= y < y + height <= y2 <= size[1]
+    if x2 - x1 < size[0] and y2 - y1 < size[1]:  # nothing was in the way
+        assert abs((x2 - x1) - aspect * (y2 - y1)) <= max(1, aspect)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=12))
+def test_the_length_of_a_union(pairs):
+    intervals = [(float(start), float(start + length)) for start, length in pairs]
+    covered = {second for start, length in pairs for second in range(start, start + length)}
+    assert batch._measure(intervals) == len(covered)
+
+
+def test_waiting_for_the_compiler_is_not_idleness():
+    clock = batch._Clock()
+    clock.working += [(10.0, 12.0), (11.0, 14.0), (20.0, 22.0), (24.0, 25.0)]
+    clock.preparing += [(3.0, 10.0), (13.0, 19.0)]  # the first before anything ran, the second partly behind a batch
+    assert clock.read() == (15.0 - 5.0, 4.0 + 2.0 + 1.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8))
+def test_a_joined_bucket_holds_all(found):
+    buckets = [serving.Bucket("base", (a, b)) for _, a, b in found]
+    joined = serving.join(buckets)
+    assert all(mine <= whole for bucket in buckets for mine, whole in zip(bucket.sizes, joined.sizes))
+    assert joined in [serving.Bucket("base", (a, b)) for a in range(10) for b in range(10)]
+
+
+def test_half_a_line_of_a_journal_does_not_count(tmp_path):
+    first = batch.Journal(tmp_path)
+    first.add(dict(id="a", status="done"))
+    first.add(dict(id="b", status="failed"))
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text() + json.dumps(dict(id="c", status="done")))
+    second = batch.Journal(tmp_path)
+    assert set(second.entries) == {"a", "b"}
+    second.add(dict(id="b", status="done"))
+    second.close()
+    third = batch.Journal(tmp_path)
+    assert third.entries["b"]["status"] == "done" and len(list(tmp_path.iterdir())) == 3
+    third.close()
+    assert len(list(tmp_path.iterdir())) == 2, "an empty one is not left behind"
+
+
+def test_programs_are_kept_by_what_they_are():
+    calls = []
+
+    @parallel.program("factor")
+    def scaled(x, *, factor):
+        calls.append(factor)
+        return x * factor
+
+    store = executables.Store(most=2)
+    for x, factor in ((np.ones(3), 2), (np.zeros(3), 2), (np.ones(4), 2), (np.ones(4), 3), (np.ones(4), 3)):
+        np.testing.assert_array_equal(store.call(scaled, x, factor=factor), x * factor)
+    assert store.counts.compiled == len(calls) == 3
+    store.call(scaled, np.ones(3), factor=2)  # was the least recently used
+    assert store.counts.compiled == 4
+
+
+def test_weights_that_come_later_are_read_once_and_not_for_a_dry_run():
+    read = []
+    weights = executables.Later(np.ones(2, np.float32), lambda: read.append(1) or np.full(2, 5.0, np.float32))
+
+    @parallel.program()
+    def doubled(x):
+        return 2 * x
+
+    dry = executables.Store(dry=True)
+    assert np.asarray(dry.call(doubled, weights)).tolist() == [0, 0] and dry.counts.compiled == 1 and not read
+    store = executables.Store()
+    assert [np.asarray(store.call(doubled, weights)).tolist() for _ in range(2)] == [[10, 10]] * 2 and read == [1]
