@@ -43,7 +43,7 @@ from refine_jax.regenerate import Regenerator
 
 DONE, REFUSED, FAILED = "done", "refused", "failed"
 _AHEAD = 2  # batches decoded before they are needed
-_WAITING = 16  # batches' worth of rows that may wait in queues for others of their bucket
+_WAITING = 64  # batches' worth of rows that may wait in queues for others of their bucket
 _PIXELS = 200_000_000  # of pictures that may wait there
 _FAILURES = 3  # batches in a row, and the run stops
 
@@ -167,20 +167,23 @@ class Scheduler:
         *,
         batch_size: int,
         workers: int,
+        streams: int = 1,
     ):
         """doors: makers of the doors, by task. finish: takes a request and its picture, in threads of its own; refuse:
-        a request, what it is (`REFUSED`, `FAILED`) and why. workers: threads that decode, and as many that finish."""
+        a request, what it is (`REFUSED`, `FAILED`) and why. workers: threads that decode, and as many that finish.
+        streams: threads that launch; a CPU runs what one thread launches in turn, and half idle."""
         self._doors, self._finish, self._refuse = doors, finish, refuse
         self._batch_size, self._workers = batch_size, workers
         self._queues: collections.OrderedDict[Any, list[tuple[_Task, int]]] = collections.OrderedDict()
         self._batches: queue.Queue[_Batch | None] = queue.Queue(maxsize=2)
-        self._flying: queue.Queue[tuple[_Batch, Any, float] | None] = queue.Queue(maxsize=1)
+        self._streams = streams
+        self._flying: queue.Queue[tuple[_Batch, Any, float] | None] = queue.Queue(maxsize=streams)
         self._clock = _Clock()
         self._open = threading.Semaphore(4 * batch_size + 2 * workers)  # results that wait to be written
         self._errors: list[BaseException] = []
         self._stop = threading.Event()
         self._pixels = 0
-        self._failures = 0
+        self._failures, self._failing = 0, threading.Lock()
         self.summary = Summary()
 
     def stop(self) -> None:
@@ -198,7 +201,8 @@ class Scheduler:
             ThreadPoolExecutor(self._workers, "decode") as decoders,
             ThreadPoolExecutor(self._workers, "write") as self._writers,
         ):
-            threads = [threading.Thread(target=t, daemon=True) for t in (self._launch_all, self._land_all)]
+            targets = [*[self._launch_all] * self._streams, self._land_all]
+            threads = [threading.Thread(target=target, daemon=True) for target in targets]
             for thread in threads:
                 thread.start()
             try:
@@ -206,7 +210,8 @@ class Scheduler:
             except BaseException as error:
                 self._errors.append(error)
                 self._stop.set()
-            self._batches.put(None)
+            for _ in range(self._streams):
+                self._batches.put(None)
             for thread in threads:
                 thread.join()
         self.summary.seconds, self.summary.device_seconds = self._clock.read()
@@ -279,7 +284,7 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------- the device's threads
 
     def _launch_all(self) -> None:
-        """Launches batches, at most one ahead of the one that runs."""
+        """Launches batches, at most one ahead of the one that runs (of each stream)."""
         while (batch := self._batches.get()) is not None:
             if self._stop.is_set():
                 continue
@@ -298,7 +303,12 @@ class Scheduler:
 
     def _land_all(self) -> None:
         """Waits for batches, in the order in which they were launched."""
-        while (item := self._flying.get()) is not None:
+        ended = 0
+        while ended < self._streams:
+            item = self._flying.get()
+            if item is None:
+                ended += 1
+                continue
             batch, launched, at = item
             try:
                 jax.block_until_ready(launched)
@@ -320,13 +330,15 @@ class Scheduler:
     def _fail(self, batch: _Batch, error: Exception) -> None:
         """A batch that did not run, for want of memory for instance: its requests have failed, others go on."""
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        for task in dict.fromkeys(id(task) for task, _ in batch.rows):
-            owner = next(t for t, _ in batch.rows if id(t) == task)
-            if owner.missing > 0:
-                owner.missing = -(2**30)  # its other rows come to nothing
-                self._refuse(owner.request, FAILED, reason)
-        self._failures += 1
-        if self._failures >= _FAILURES:
+        with self._failing:
+            lost = {id(task): task for task, _ in batch.rows if task.missing > 0}
+            for task in lost.values():
+                task.missing = -(2**30)  # its other rows come to nothing
+            self._failures += 1
+            many = self._failures >= _FAILURES
+        for task in lost.values():
+            self._refuse(task.request, FAILED, reason)
+        if many:
             self._errors.append(RefineError(f"{_FAILURES} batches in a row failed ({reason}); give a smaller batch"))
             self._stop.set()
 
@@ -440,7 +452,13 @@ def run(
         record(request, status, reason=reason)
 
     scheduler = Scheduler(
-        doors.by_task, finish, refuse, batch_size=config.batch_size, workers=workers or min(8, os.cpu_count() or 1)
+        doors.by_task,
+        finish,
+        refuse,
+        batch_size=config.batch_size,
+        workers=workers or min(8, os.cpu_count() or 1),
+        # Processes that share one model launch in one order.
+        streams=3 if jax.default_backend() == "cpu" and shares == jax.process_count() else 1,
     )
     try:
         with bar, _signals(scheduler.stop):

@@ -120,8 +120,9 @@ class Store:
             if made is None:
                 started = time.perf_counter()
                 made = program.lower(*args, **static).compile()
-                self.counts.compiled += 1
-                self.counts.compile_seconds += time.perf_counter() - started
+                with self._lock:
+                    self.counts.compiled += 1
+                    self.counts.compile_seconds += time.perf_counter() - started
                 if self._write and self.folder is not None:
                     self._keep(key, made, program)
             with self._lock:
@@ -153,8 +154,9 @@ class Store:
             made = serialize_executable.deserialize_and_load(*pickle.loads(body))
         except Exception as error:  # of whatever kind a foreign or damaged file brings about
             return self._refuse(path, f"cannot be loaded ({type(error).__name__})")
-        self.counts.loaded += 1
-        self.counts.load_seconds += time.perf_counter() - started
+        with self._lock:
+            self.counts.loaded += 1
+            self.counts.load_seconds += time.perf_counter() - started
         return made
 
     def _refuse(self, path: Path, reason: str) -> None:

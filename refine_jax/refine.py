@@ -12,6 +12,7 @@ import functools
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -265,6 +266,7 @@ class Refiner(serving.Door):
         super().__init__(model, variables, tokenizer, lora, **settings)
         self.aspects = None if aspects is None else tuple(sorted(map(float, aspects)))
         self._encoded: collections.OrderedDict[Any, Reference] = collections.OrderedDict()
+        self._encoding = threading.Lock()
 
     @classmethod
     def load(
@@ -578,6 +580,13 @@ class Refiner(serving.Door):
 
     def _references(self, rows: Sequence[_Region], room: tuple[int, int]) -> Reference:
         """The references of a batch, encoded now or kept from an earlier one."""
+        with self._encoding:
+            found = self._encode_references(rows, room)
+        absent = jax.tree.map(jnp.zeros_like, next(iter(found.values())))
+        given = [found[row.reference.digest] if row.reference is not None else absent for row in rows]
+        return jax.tree.map(lambda *parts: jnp.stack(parts), *given)
+
+    def _encode_references(self, rows: Sequence[_Region], room: tuple[int, int]) -> dict[Any, Reference]:
         wanted = {row.reference.digest: row.reference for row in rows if row.reference is not None}
         missing: dict[Any, list[_Shown]] = {}
         for digest, shown in wanted.items():
@@ -599,9 +608,7 @@ class Refiner(serving.Door):
         found = {digest: self._encoded[digest, room] for digest in wanted}
         while len(self._encoded) > _KEPT:
             self._encoded.popitem(last=False)
-        absent = jax.tree.map(jnp.zeros_like, next(iter(found.values())))
-        given = [found[row.reference.digest] if row.reference is not None else absent for row in rows]
-        return jax.tree.map(lambda *parts: jnp.stack(parts), *given)
+        return found
 
     def _prompts(
         self,
