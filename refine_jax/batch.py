@@ -412,6 +412,9 @@ def run(
     output = Path(output)
     listed = Manifest(manifest, root)
     doors = Doors(config, store or executables.Store())
+    first = next((request for request in listed if isinstance(request, Request)), None)
+    if first is not None:
+        doors.by_task[first.task]()  # a model that is not there is no request's fault
     _claim(output, config, doors)
     with contextlib.suppress(FileExistsError):
         (output / "results").mkdir()
@@ -562,6 +565,8 @@ def _group(axes: Mapping[str, int]) -> tuple[jax.sharding.Mesh | None, tuple[int
 
     As few processes as hold the axes other than `data` together; `data` spans what is left of them.
     """
+    if bad := [name for name, size in axes.items() if name != "data" and not (isinstance(size, int) and size >= 1)]:
+        raise RefineError(f"mesh.{bad[0]} {axes[bad[0]]!r}: give a whole number of at least 1; only data may be -1")
     here, processes = jax.local_device_count(), jax.process_count()
     ways = int(np.prod([size for name, size in axes.items() if name != "data"]))
     together = -(-ways // here)

@@ -77,7 +77,7 @@ def write_requests(folder: Path, count: int, seed: int = 0) -> Path:
 
 
 def settings(models, **changes):
-    return recipes.batch(model=str(models[0]), regenerator=str(models[1]), batch_size=4, **changes)
+    return recipes.batch(**{"model": str(models[0]), "regenerator": str(models[1]), "batch_size": 4, **changes})
 
 
 def arguments(models, manifest: Path, output: Path) -> list[str]:
@@ -168,6 +168,15 @@ def test_other_settings_do_not_mix(models, finished):
         batch.run(config, manifest, output, progress=False)
     with pytest.raises(RefineError, match="holds other files"):
         batch.run(config, manifest, manifest.parent, progress=False)
+    for changes, words in (
+        (dict(mesh=dict(fsdp=-1)), "mesh.fsdp -1"),
+        (dict(mesh=dict(fsdp=64)), "takes 64 devices a model"),
+        (dict(model="nowhere"), "no such model"),
+        (dict(quantize="int3"), "int3"),
+    ):
+        with pytest.raises(RefineError, match=words):
+            batch.run(settings(models, **changes), manifest, output.parent / "never", progress=False)
+    assert not (output.parent / "never").exists()
 
 
 def environment(cache: Path) -> dict[str, str]:

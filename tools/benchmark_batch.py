@@ -173,7 +173,7 @@ def kills(args: argparse.Namespace, manifest: Path, root: Path) -> None:
     """SIGKILL at random moments; then nothing is lost, doubled or half written."""
     rng, output = random.Random(args.seed), root / "out"
     command = [sys.executable, "-m", "refine_jax", "batch", "--manifest", str(manifest), "--output-dir", str(output)]
-    command += ["--batch-size", str(args.batch_size), "--cache", str(root / "cache"), "--quiet"]
+    command += ["--batch-size", str(args.batch_size), "--quiet"]
     command += ["--regenerator", args.regenerator] if args.regenerator else []
     undisturbed = batch.run(config_of(args), manifest, root / "undisturbed")
     killed = 0
