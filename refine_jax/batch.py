@@ -35,7 +35,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from refine_jax import executables, images, loading, parallel, serving
+from refine_jax import checkpoint, executables, images, loading, parallel, serving
 from refine_jax.errors import Preempted, RefineError
 from refine_jax.manifest import Manifest, Refused, Request
 from refine_jax.refine import Refiner
@@ -415,20 +415,16 @@ def run(
     first = next((request for request in listed if isinstance(request, Request)), None)
     if first is not None:
         doors.by_task[first.task]()  # a model that is not there is no request's fault
-    _claim(output, config, doors)
-    with contextlib.suppress(FileExistsError):
-        (output / "results").mkdir()
+    if jax.process_index() == 0:
+        _claim(output, config, doors)
+    _meet("the output folder is claimed")
+    if jax.process_index():
+        _claim(output, config, doors)
     journal = Journal(output / "journal", jax.process_index())
-    if jax.process_count() > 1:  # nobody writes before all have read
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("the journals are read")
+    _meet("the journals are read")  # nobody writes before
     share, shares, leads = doors.share
     if shares == jax.process_count() > 1:
         jax.distributed.shutdown()  # nothing more to say to each other: who dies from here on, dies alone
-    for name in (output / "results").glob(".*.partial"):  # of processes that were killed
-        if shares == 1:
-            name.unlink(missing_ok=True)
     todo = _remaining(listed, journal.entries, output)
     mine = todo[share::shares]
     written = journal if leads else None
@@ -509,6 +505,14 @@ def compile_ahead(
                 seen.add(key)
                 door.launch(row.bucket, [row])
     return len(seen)
+
+
+def _meet(where: str) -> None:
+    """Wait for the other processes, where there are any."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(where)
 
 
 class Doors:
@@ -600,7 +604,7 @@ def _identity(model: str) -> str:
 
 
 def _claim(output: Path, config: ml_collections.ConfigDict, doors: Doors) -> None:
-    """Make the output folder this run's, or see that it is."""
+    """Make the output folder this run's, or see that it is; clear it of what killed processes left half written."""
     settings = {**json.loads(config.to_json_best_effort()), **doors.names()}
     for name in ("topology", "variant"):
         settings.pop(name, None)
@@ -610,10 +614,11 @@ def _claim(output: Path, config: ml_collections.ConfigDict, doors: Doors) -> Non
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            if any(output.iterdir()) and jax.process_count() == 1:
+            if any(path for path in output.iterdir() if path.suffix != ".partial"):
                 raise RefineError(f"--output-dir {str(output)!r}: holds other files; give a new folder") from None
-            _write(path, json.dumps(settings, indent=1, sort_keys=True) + "\n")
-            return
+            checkpoint.write_text(path, json.dumps(settings, indent=1, sort_keys=True) + "\n")
+            found = settings
+        (output / "results").mkdir(exist_ok=True)
     except RefineError:
         raise
     except OSError as error:
@@ -621,13 +626,15 @@ def _claim(output: Path, config: ml_collections.ConfigDict, doors: Doors) -> Non
     except ValueError:
         raise RefineError(f"{path}: damaged; give a new folder") from None
     changed = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))
-    # How the work is split changes the bits of a result only with the shapes of its programs.
     if changed:
         name = changed[0]
         raise RefineError(
             f"--output-dir {str(output)!r}: its results were made with {name} {found.get(name)!r}, now"
             f" {settings.get(name)!r}; give the same settings, or another folder"
         )
+    if jax.process_index() == 0:
+        for left in output.rglob("*.partial"):
+            left.unlink(missing_ok=True)
 
 
 def _remaining(listed: Manifest, entries: Mapping[str, Mapping[str, Any]], output: Path) -> Sequence[int]:
@@ -662,16 +669,11 @@ def _report(output: Path, listed: Manifest, summary: Summary, share: int) -> Non
         entry = entries.get(name, dict(id=name, line=request.line, status="open"))
         counts[entry["status"]] += 1
         lines.append(json.dumps(entry, ensure_ascii=False))
-    _write(output / "results.jsonl", "\n".join(lines) + "\n")
+    checkpoint.write_text(output / "results.jsonl", "\n".join(lines) + "\n", str(share))
     own = {f"run_{name}": value for name, value in dataclasses.asdict(summary).items()}
-    _write(output / "summary.json", json.dumps({**counts, "share": share, **own}, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Aside, then renamed; several processes may write the same."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    checkpoint.write_text(
+        output / "summary.json", json.dumps({**counts, "share": share, **own}, indent=1) + "\n", str(share)
+    )
 
 
 @contextlib.contextmanager

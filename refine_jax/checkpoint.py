@@ -39,9 +39,12 @@ LARGE = 4 << 30  # bytes: from here on nothing may be gathered on one host
 # ----------------------------------------------------------------------------------------------- model folders
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` aside, then rename: a reader sees the old file or the whole new one."""
-    aside = path.with_name(path.name + ".partial")
+def write_text(path: Path, text: str, owner: str = "") -> None:
+    """Write `text` aside, then rename: a reader sees the old file or the whole new one.
+
+    owner: tells those apart that may write it at the same time.
+    """
+    aside = path.with_name(f"{path.name}{owner and '.'}{owner}.partial")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
