@@ -214,10 +214,10 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         command_.add_argument("--dtype", choices=("float32", "bfloat16"))
         command_.add_argument("--quantize", choices=("int8",), help="keep large matrices in 8 bits")
         command_.add_argument("--executables", metavar="DIR", help="folder of `refine-jax compile`; its files are code")
-        command_.add_argument(
-            "--cache", metavar="DIR|none", help="where compiled programs are kept (default: in the user's cache folder)"
-        )
         command_.add_argument("--quiet", action="store_true", help="no progress bar")
+    batch.add_argument(
+        "--cache", metavar="DIR|none", help="where compiled programs are kept (default: in the user's cache folder)"
+    )
     batch.add_argument("--workers", metavar="N", type=_positive, help="threads that decode, and that write")
 
     evaluate = commands.add_parser(
@@ -467,7 +467,6 @@ def _compile(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = _batch_config(args, overrides)
     if not args.executables:
         raise RefineError("compile: give --executables, the folder to write")
-    _keep_programs(args.cache)
 
     from refine_jax import batch, executables
 

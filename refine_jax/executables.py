@@ -14,7 +14,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from refine_jax import __version__
 from refine_jax.errors import RefineError
@@ -89,6 +90,8 @@ class Store:
         self._programs: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._making: dict[str, threading.Lock] = {}
+        self._untried: set[Any] = set()  # loaded, never called
+        self._broken: set[str] = set()
 
     def call(self, program: Any, *args: Any, **static: Any) -> Any:
         """`program(*args, **static)`, a `parallel.Program`, compiled once for arguments of these shapes.
@@ -99,10 +102,23 @@ class Store:
             for x in args:
                 if isinstance(x, Later):
                     x.begin()
-        made = self.get(program, tuple(x.shapes if isinstance(x, Later) else x for x in args), static)
+        shapes = tuple(x.shapes if isinstance(x, Later) else x for x in args)
+        made = self.get(program, shapes, static)
         if self._dry:
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), made.out_info)
-        return made(*(x.arrays() if isinstance(x, Later) else x for x in args))
+        arrays = tuple(x.arrays() if isinstance(x, Later) else x for x in args)
+        if made not in self._untried:
+            return made(*arrays)
+        self._untried.discard(made)
+        try:
+            return jax.block_until_ready(made(*arrays))
+        except Exception as error:  # loaded without complaint, and cannot run
+            key = _key(program, shapes, static)
+            self._refuse(self.folder / f"{key}{SUFFIX}", f"does not run ({type(error).__name__})")
+            with self._lock:
+                self._programs.pop(key, None)
+                self._broken.add(key)
+            return self.get(program, shapes, static)(*arrays)
 
     def get(self, program: Any, args: tuple, static: Mapping[str, Any]) -> Callable[..., Any]:
         """The executable for `args`, arrays or `jax.ShapeDtypeStruct`s; called with the arrays alone."""
@@ -119,7 +135,8 @@ class Store:
             made = self._read(key)
             if made is None:
                 started = time.perf_counter()
-                made = program.lower(*args, **static).compile()
+                with _without_cache() if self._write else contextlib.nullcontext():
+                    made = program.lower(*args, **static).compile()
                 with self._lock:
                     self.counts.compiled += 1
                     self.counts.compile_seconds += time.perf_counter() - started
@@ -133,7 +150,7 @@ class Store:
         return made
 
     def _read(self, key: str) -> Any:
-        if self.folder is None:
+        if self.folder is None or key in self._broken:
             return None
         path, started = self.folder / f"{key}{SUFFIX}", time.perf_counter()
         try:
@@ -154,6 +171,7 @@ class Store:
             made = serialize_executable.deserialize_and_load(*pickle.loads(body))
         except Exception as error:  # of whatever kind a foreign or damaged file brings about
             return self._refuse(path, f"cannot be loaded ({type(error).__name__})")
+        self._untried.add(made)
         with self._lock:
             self.counts.loaded += 1
             self.counts.load_seconds += time.perf_counter() - started
@@ -181,6 +199,19 @@ class Store:
         finally:
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """What comes out of JAX's cache cannot be serialized again: on a CPU it loads, and its functions are missing."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # whether to use it is decided once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _hardware() -> dict[str, Any]:
