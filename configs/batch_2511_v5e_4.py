@@ -4,6 +4,7 @@
 
 A picture a chip; weights are split over all of them and gathered block by block. Chips of 16
 GiB hold them in 8 bits.
+By the compiler: 10.7 of 16 GiB a chip, a batch takes 18.6 s or more, 4.6 s a picture (docs/pods.md).
 """
 
 import ml_collections

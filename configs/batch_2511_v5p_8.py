@@ -3,6 +3,7 @@
     refine-jax batch --config configs/batch_2511_v5p_8.py --manifest requests.jsonl --output-dir results
 
 A picture a chip; weights are split over all of them and gathered block by block.
+The program is that of batch_2511_v6e_8 but for the mesh; it was not compiled for this slice.
 """
 
 import ml_collections

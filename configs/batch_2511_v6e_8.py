@@ -3,6 +3,7 @@
     refine-jax batch --config configs/batch_2511_v6e_8.py --manifest requests.jsonl --output-dir results
 
 A picture a chip; weights are split over all of them and gathered block by block.
+By the compiler: 10.1 of 32 GiB a chip, a batch takes 3.99 s or more, 2.0 pictures a second (docs/pods.md).
 """
 
 import ml_collections
