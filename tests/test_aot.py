@@ -266,7 +266,7 @@ def compile_for_a_tpu() -> None:
     print(aot.row(report))
     print(json.dumps(dataclasses.asdict(report) | {"splash": text.count("splash_mha_fwd")}))
     config = recipes.batch(batch_size=2, dtype="bfloat16")
-    made = aot.lower_sample(config, mesh, model, (64, 64))
+    made = aot.lower_sample(config, mesh, model, (128, 128))
     report, text = aot.analyse(config, "edit_debug", "v5e:2x2", "sample", made)
     print(aot.row(report))
     print(json.dumps(dataclasses.asdict(report) | {"splash": text.count("splash_mha_fwd")}))
