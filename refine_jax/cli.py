@@ -81,6 +81,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         help="noise schedule (default: released, for a converted model)",
     )
     refine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    refine.add_argument("--quantize", choices=("int8",), help="keep large matrices in 8 bits")
     refine.add_argument("--steps", metavar="N", type=_positive, help="denoising steps (default: the model's)")
     refine.add_argument("--true-cfg", metavar="S", type=float, help="true CFG scale; 1 is off (default: the model's)")
     refine.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the noise (default: %(default)s)")
@@ -128,6 +129,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         painting.add_argument(
             "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
         )
+        painting.add_argument("--quantize", choices=("int8",), help="keep large matrices in 8 bits")
         painting.add_argument(
             "--steps", metavar="N", type=_positive, help="points of the time grid (default: the model's)"
         )
@@ -265,6 +267,7 @@ def _refine(args: argparse.Namespace) -> None:
         lora=[_weighted(text) for text in args.lora],
         merge_lora=args.merge_lora,
         scheduler=args.scheduler,
+        quantize=args.quantize,
         progress=not args.quiet and args.model != "tiny",
     )
     result = refiner.refine(
@@ -320,6 +323,7 @@ def _regenerate(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         weights=args.weights,
         lora=[_weighted(text) for text in args.lora],
+        quantize=args.quantize,
         progress=not args.quiet,
     )
     names = ("steps", "text_cfg", "renorm", "shift", "seed")

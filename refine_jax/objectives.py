@@ -73,7 +73,10 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
     data = config.data
 
     def batches(seed: int, hosts: dict[str, int]) -> Iterator:
-        return loader.vae_batches(seed, config.batch_size, data.size, "train", workers=data.workers, **hosts)
+        source = data.get("source", "synth")
+        return loader.vae_batches(
+            seed, config.batch_size, data.size, "train", source=source, workers=data.workers, **hosts
+        )
 
     def init(key: jax.Array) -> Any:
         return vae.init(key, jnp.zeros((1, data.size, data.size, 3), jnp.float32))["params"]

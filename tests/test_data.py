@@ -226,12 +226,18 @@ def test_schedule_keeps_the_weights():
     assert len(order) == 120 and order.count(BUCKETS[0]) == 60 and order[:4].count(BUCKETS[0]) == 2
 
 
-def test_vae_batches():
-    run = loader.vae_batches(0, 3)
+@pytest.mark.parametrize("source", ["synth", "world"])
+def test_vae_batches(source):
+    run = loader.vae_batches(0, 3, source=source)
     first, second = next(run)["image"], next(run)["image"]
     assert first.shape == (3, 64, 64, 3) and first.dtype == np.uint8
-    assert np.array_equal(next(loader.vae_batches(0, 3, start=1))["image"], second)
+    assert np.array_equal(next(loader.vae_batches(0, 3, source=source, start=1))["image"], second)
     assert len({picture.tobytes() for picture in np.concatenate([first, second])}) == 6
+
+
+def test_vae_batches_of_nothing_known():
+    with pytest.raises(RefineError, match="data.source 'photos': .*'synth' or 'world'"):
+        loader.vae_batches(0, 3, source="photos")
 
 
 def test_instructions_survive_the_fixed_width():

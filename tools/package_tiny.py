@@ -1,9 +1,10 @@
 """Put a trained tiny model into the package, with what it came from.
 
-    python tools/package_tiny.py --vae runs/tiny_vae --flow runs/tiny
+    python tools/package_tiny.py tiny vae=runs/tiny_vae flow=runs/tiny
+    python tools/package_tiny.py tiny_rvr vae=runs/tiny_world_vae world=runs/tiny_world rvr=runs/tiny_rvr
 
-Writes the model folder (weights as float16), and beside it the two resolved configurations, the scalars of both runs
-and their loss curves. The held-out table is written by `refine-jax evaluate`.
+Takes the model of the last run. Writes its folder (weights as float16), and beside it the resolved configurations, the
+scalars and the loss curves of all runs. The table of scores is written by `refine-jax evaluate`.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from refine_jax import checkpoint
 from refine_jax.images import save_picture
 from refine_jax.model import ModelConfig
 
-CURVES = {"vae": ("loss", "mse"), "flow": ("loss", "inside", "outside")}
+CURVES = ("loss", "mse", "inside", "outside")
 COLOURS = ("#1f4e9c", "#c4402a", "#2c8a4b")
 
 
@@ -32,7 +33,8 @@ def draw_panel(name: str, rows: list[dict], size: tuple[int, int] = (480, 300)) 
     panel = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(panel)
     left, right, top, bottom = 52, size[0] - 12, 28, size[1] - 28
-    values = [row[key] for row in rows for key in CURVES[name]]
+    curves = [key for key in CURVES if key in rows[0]]
+    values = [row[key] for row in rows for key in curves]
     low, high = math.log10(min(values)), math.log10(max(values))
 
     def place(step: int, value: float) -> tuple[float, float]:
@@ -43,7 +45,7 @@ def draw_panel(name: str, rows: list[dict], size: tuple[int, int] = (480, 300)) 
     for tick in (min(values), 10 ** ((low + high) / 2), max(values)):
         draw.text((left - 48, place(0, tick)[1] - 6), f"{tick:.3g}", fill="black")
     draw.text((right - 60, bottom + 8), f"{rows[-1]['step']} steps", fill="black")
-    for k, key in enumerate(CURVES[name]):
+    for k, key in enumerate(curves):
         draw.line([place(row["step"], row[key]) for row in rows], fill=COLOURS[k], width=2)
         draw.text((left + 6 + 90 * k, 8), f"{name}: {key}", fill=COLOURS[k])
     return panel
@@ -51,28 +53,26 @@ def draw_panel(name: str, rows: list[dict], size: tuple[int, int] = (480, 300)) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, required=True, help="work folder of configs/tiny_vae.py")
-    parser.add_argument("--flow", type=Path, required=True, help="work folder of configs/tiny.py")
-    parser.add_argument("--output", type=Path, default=Path("refine_jax/assets/tiny"))
+    parser.add_argument("name", help="folder of refine_jax/assets to write")
+    parser.add_argument("runs", metavar="STAGE=WORKDIR", nargs="+", help="a stage of the training, in order")
     args = parser.parse_args()
-    trained = args.flow / "model"
-    manifest = checkpoint.read_manifest(trained)
-    model = ModelConfig.from_manifest(manifest)
+    output = Path("refine_jax/assets") / args.name
+    runs = {stage: Path(workdir) for stage, _, workdir in (text.partition("=") for text in args.runs)}
+    trained = list(runs.values())[-1] / "model"
+    model = ModelConfig.from_manifest(checkpoint.read_manifest(trained))
     weights = checkpoint.load_weights(trained, model.abstract())
-    about = "trained by refine_jax: configs/tiny_vae.py, then configs/tiny.py; see training/ and ATTRIBUTION.md"
-    checkpoint.save_model(args.output, {**model.to_manifest(), "about": about}, weights, dtype="float16")
-    shutil.copytree(trained / "tokenizer", args.output / "tokenizer", dirs_exist_ok=True)
-    (args.output / "training").mkdir(exist_ok=True)
-    runs = {"vae": read_scalars(args.vae), "flow": read_scalars(args.flow)}
-    for name, folder in (("vae", args.vae), ("flow", args.flow)):
-        config = (folder / "config.json").read_text()
-        checkpoint.write_text(args.output / "training" / f"{name}_config.json", config)
-        lines = "".join(json.dumps(row) + "\n" for row in runs[name])
-        checkpoint.write_text(args.output / "training" / f"{name}_metrics.jsonl", lines)
-    for name, rows in runs.items():
-        save_picture(draw_panel(name, rows), args.output / "training" / f"{name}_loss.png")
-    size = (args.output / checkpoint.WEIGHTS).stat().st_size
-    print(f"wrote {args.output} ({size / 1e6:.1f} MB of weights)")
+    about = "trained by refine_jax; see training/ and ATTRIBUTION.md"
+    checkpoint.save_model(output, {**model.to_manifest(), "about": about}, weights, dtype="float16")
+    shutil.copytree(trained / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
+    training = output / "training"
+    training.mkdir(exist_ok=True)
+    for stage, workdir in runs.items():
+        rows = read_scalars(workdir)
+        checkpoint.write_text(training / f"{stage}_config.json", (workdir / "config.json").read_text())
+        checkpoint.write_text(training / f"{stage}_metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        save_picture(draw_panel(stage, rows), training / f"{stage}_loss.png")
+    size = (output / checkpoint.WEIGHTS).stat().st_size
+    print(f"wrote {output} ({size / 1e6:.1f} MB of weights)")
 
 
 if __name__ == "__main__":

@@ -241,9 +241,14 @@ class _Patches:
     batch_size: int
     size: int
     split: str
+    source: str
 
     def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
-        return {"image": synth.patch(self.seed, step * self.batch_size + row, self.size, self.split)}
+        number = step * self.batch_size + row
+        if self.source == "synth":
+            return {"image": synth.patch(self.seed, number, self.size, self.split)}
+        pair = world.sample(self.seed, number // 2, self.split, self.size)
+        return {"image": pair["misaligned_image" if number % 2 else "image"]}
 
 
 def vae_batches(
@@ -252,14 +257,21 @@ def vae_batches(
     size: int = 64,
     split: str = "train",
     *,
+    source: str = "synth",
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
     start: int = 0,
 ) -> Batches:
-    """Endless batches {"image": [b, size, size, 3] uint8} of everything that the VAE must carry (`synth.patch`)."""
-    assets.faces(split), assets.logos(split), assets.photo_files(split)
-    make = _Patches(seed, batch_size, size, split)
+    """Endless batches {"image": [b, size, size, 3] uint8} of everything that a VAE must carry.
+
+    source: "synth" (`synth.patch`), or "world", the small world's pictures. Raises `RefineError` for another.
+    """
+    if source not in ("synth", "world"):
+        raise RefineError(f"data.source {source!r}: a VAE is trained on 'synth' or 'world'")
+    if source == "synth":
+        assets.faces(split), assets.logos(split), assets.photo_files(split)
+    make = _Patches(seed, batch_size, size, split, source)
     return Batches(
         make, batch_size, start=start, process_index=process_index, process_count=process_count, workers=workers
     )
