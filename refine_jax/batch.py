@@ -12,11 +12,13 @@ the chips of one model agree on it without a word. And a row's bits do not depen
     OUTPUT/journal/*.jsonl       a line a request, appended once its result stands; a file for each process and start
     OUTPUT/results.jsonl         the last line of each request, in the manifest's order
     OUTPUT/summary.json          how many of each, and how well the device was used
+    OUTPUT/.lock-*               held by the processes that write there now
 """
 
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -28,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import ml_collections
@@ -416,10 +418,10 @@ def run(
     if first is not None:
         doors.by_task[first.task]()  # a model that is not there is no request's fault
     if jax.process_index() == 0:
-        _claim(output, config, doors)
+        claim = _claim(output, config, doors)
     _meet("the output folder is claimed")
     if jax.process_index():
-        _claim(output, config, doors)
+        claim = _claim(output, config, doors)
     journal = Journal(output / "journal", jax.process_index())
     _meet("the journals are read")  # nobody writes before
     share, shares, leads = doors.share
@@ -464,6 +466,7 @@ def run(
             scheduler.run(listed.read(index) for index in mine)
     finally:
         journal.close()
+        claim.close()
         summary = scheduler.summary
         summary.requests, summary.skipped = len(listed), len(listed) - len(todo)
         summary.programs, summary.programs_loaded = doors.store.counts.compiled, doors.store.counts.loaded
@@ -603,8 +606,11 @@ def _identity(model: str) -> str:
     return f"{Path(model).name} {digest.hexdigest()[:16]}"
 
 
-def _claim(output: Path, config: ml_collections.ConfigDict, doors: Doors) -> None:
-    """Make the output folder this run's, or see that it is; clear it of what killed processes left half written."""
+def _claim(output: Path, config: ml_collections.ConfigDict, doors: Doors) -> IO[str]:
+    """Make the output folder this run's, or see that it is; clear it of what killed processes left half written.
+
+    Returns a file: until it is closed, no other run on this machine gets the folder.
+    """
     settings = {**json.loads(config.to_json_best_effort()), **doors.names()}
     for name in ("topology", "variant"):
         settings.pop(name, None)
@@ -619,6 +625,7 @@ def _claim(output: Path, config: ml_collections.ConfigDict, doors: Doors) -> Non
             checkpoint.write_text(path, json.dumps(settings, indent=1, sort_keys=True) + "\n")
             found = settings
         (output / "results").mkdir(exist_ok=True)
+        claim = open(output / f".lock-{jax.process_index():05d}", "w")
     except RefineError:
         raise
     except OSError as error:
@@ -632,9 +639,18 @@ def _claim(output: Path, config: ml_collections.ConfigDict, doors: Doors) -> Non
             f"--output-dir {str(output)!r}: its results were made with {name} {found.get(name)!r}, now"
             f" {settings.get(name)!r}; give the same settings, or another folder"
         )
+    try:
+        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RefineError(
+            f"--output-dir {str(output)!r}: another run is writing there; wait until it ends, or give another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
     if jax.process_index() == 0:
         for left in output.rglob("*.partial"):
             left.unlink(missing_ok=True)
+    return claim
 
 
 def _remaining(listed: Manifest, entries: Mapping[str, Mapping[str, Any]], output: Path) -> Sequence[int]:

@@ -151,7 +151,7 @@ def bagel_rvr(topology: str, mesh: dict[str, int], **changes: object) -> ml_coll
 
 
 def small_world(**changes: object) -> ml_collections.ConfigDict:
-    """RvR on a tiny MMDiT in the small world (`data.world`): text to image, from scratch but for the bundled VAE.
+    """RvR on a tiny MMDiT in the small world (`data.world`): text to image, from scratch but for its VAE.
 
     An encoder that looks at 100 patches of a picture, a tokenizer that knows the world's words, and an MMDiT of 5
     blocks of 128 features. changes: as for `edit_lora`.
@@ -159,14 +159,14 @@ def small_world(**changes: object) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.objective = "refine"
     config.seed = 0
-    config.steps = 6000
+    config.steps = 8000
     config.batch_size = 64
     config.log_every = 20
-    config.save_every = 100
+    config.save_every = 250
     config.keep = 2
     config.ema_decay = 0.999
     config.init_from = ""
-    config.vae_from = "tiny"
+    config.vae_from = "runs/tiny_world_vae/model"
     config.tokenizer = dict(merges=512)
     config.lora = None
     config.train_encoder = True

@@ -1,5 +1,6 @@
 """Batch inference: every request once, the same bits as alone, whatever dies on the way."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -159,6 +160,15 @@ def test_nothing_is_done_twice(models, finished):
     lost.unlink()
     assert batch.run(settings(models), manifest, output, progress=False).done == 1
     assert results(output) == before
+
+
+def test_one_run_at_a_time(models, finished):
+    manifest, output, _ = finished
+    with open(output / ".lock-00000", "w") as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX)
+        with pytest.raises(RefineError, match="another run is writing there"):
+            batch.run(settings(models), manifest, output, progress=False)
+    assert batch.run(settings(models), manifest, output, progress=False).skipped == 30
 
 
 def test_other_settings_do_not_mix(models, finished):
