@@ -556,7 +556,7 @@ class Doors:
             lora=[tuple(item) if isinstance(item, (list, tuple)) else item for item in config.lora[name]],
         )
         if name == "regenerator":
-            return Regenerator.load(config.regenerator, **common)
+            return Regenerator.load(config.regenerator, side_step=config.side_step or None, **common)
         return Refiner.load(
             config.model,
             scheduler=config.scheduler or None,

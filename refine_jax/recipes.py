@@ -254,7 +254,8 @@ def batch(**changes: object) -> ml_collections.ConfigDict:
 
     model, regenerator: of refine requests, and of regenerate and generate requests; lora: adapters of each, files or
     (file, weight), applied live or merged. batch_size: rows of every compiled program. aspects: of focus crops
-    (`refine.ASPECTS`; none: the released geometry). mesh: axes of one copy of the model, over as few processes as hold
+    (`refine.ASPECTS`; none: the released geometry). side_step: of the sides of regenerated pictures
+    (`Regenerator.load`; 0: the model's own). mesh: axes of one copy of the model, over as few processes as hold
     it; copies share the work. changes: other values of top-level keys; dicts are merged.
     """
     config = ml_collections.ConfigDict()
@@ -269,6 +270,7 @@ def batch(**changes: object) -> ml_collections.ConfigDict:
     config.condition_area = 0
     config.batch_size = 4
     config.aspects = tuple(2 ** (k / 2) for k in range(-6, 7))
+    config.side_step = 0
     config.mesh = dict()
     config.rules = dict()
     return _changed(config, changes)

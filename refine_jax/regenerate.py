@@ -19,6 +19,7 @@ from PIL import Image
 from refine_jax import bagel, executables, flow, images, limits, loading, parallel, prompts, serving
 from refine_jax.bagel import BagelModel
 from refine_jax.errors import RefineError
+from refine_jax.focus import bucket_size
 from refine_jax.loading import LoraLike
 from refine_jax.model import Size
 from refine_jax.models.bagel import latent_position_ids
@@ -59,6 +60,17 @@ class Regenerator(serving.Door):
     the Qwen-Image MMDiT.
     """
 
+    def __init__(self, *args: Any, side_step: int | None = None, **settings: Any):
+        """As `serving.Door`; side_step: as `load` takes it."""
+        super().__init__(*args, **settings)
+        own = self._own_step()
+        self._side_step = limits.whole("side_step", own if side_step is None else side_step, (own, 4096))
+        if self._side_step % own:
+            raise RefineError(f"side_step {side_step}: give a multiple of {own}, this model's own")
+
+    def _own_step(self) -> int:
+        return self.model.stride
+
     @classmethod
     def load(
         cls,
@@ -74,6 +86,7 @@ class Regenerator(serving.Door):
         mesh: jax.sharding.Mesh | None = None,
         rules: parallel.Rules = parallel.DEFAULT_RULES,
         batch_size: int | None = None,
+        side_step: int | None = None,
         store: executables.Store | None = None,
         later: bool = False,
         progress: bool = False,
@@ -83,7 +96,9 @@ class Regenerator(serving.Door):
         vae_sides, vit_sides: longest and shortest side of an image as it is painted and as the tower sees it (default:
         the model's; released 1024, 512 and 980, 224). dtype: "float32" or "bfloat16", of weights and computation.
         weights: "rvr" or "ema", where a released folder holds both. lora, merge_lora, quantize, mesh,
-        rules, batch_size, store, later: as `Refiner.load`.
+        rules, batch_size, store, later: as `Refiner.load`. side_step: sides of what is painted from a picture are
+        multiples of so many pixels, for which it is stretched a little: few programs serve pictures of all sizes
+        (default: the model's own step, 16 for BAGEL).
 
         Raises `RefineError` for an unknown model, a damaged folder, a model that refines regions.
         """
@@ -103,7 +118,7 @@ class Regenerator(serving.Door):
             wanted=("regenerating", "rvr", "rvr_vae"),
         )
         kind = Regenerator if isinstance(loaded.config, BagelModel) else MMDiTRegenerator
-        settings = dict(mesh=mesh, rules=rules, batch_size=batch_size, store=store)
+        settings = dict(mesh=mesh, rules=rules, batch_size=batch_size, store=store, side_step=side_step)
         return kind(loaded.config, loaded.variables, loaded.tokenizer, loaded.lora, **settings)
 
     def regenerate(
@@ -123,7 +138,7 @@ class Regenerator(serving.Door):
         noise: Array | None = None,
         progress: bool = False,
     ) -> Image.Image:
-        """Paint `image` anew so that it shows what `prompt` says; a PIL image of the size that `painted_size` gives.
+        """Paint `image` anew so that it shows what `prompt` says; a PIL image of the size that `painted_size` gives (or `side_step`).
 
         image: PIL image, path or `[H, W, 3] uint8`. rounds: the result is regenerated again, without leaving the
         device; 0 returns the picture as it is. steps: points of the time grid, steps - 1 updates. text_cfg, image_cfg:
@@ -246,7 +261,7 @@ class Regenerator(serving.Door):
         rounds = limits.whole("rounds", rounds, limits.ROUNDS)
         picture = images.read_picture(image)
         width, height = picture.size
-        size = self.model.painted_size((height, width))
+        size = bagel.fitted_size((height, width), self.model.vae_sides, self._side_step)
         seen = self.model.seen_size(size)
         return self._request(picture, self.model.prompt.replace("{}", _text(prompt)), rounds, size, seen, settings)
 
@@ -363,10 +378,13 @@ class MMDiTRegenerator(Regenerator):
     trained to (`config.data.text_to_image`), with the prompt in the same template.
     """
 
+    def _own_step(self) -> int:
+        return self.model.multiple
+
     def read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> serving.Job:
         rounds = limits.whole("rounds", rounds, limits.ROUNDS)
         picture = images.read_picture(image)
-        size = self.model.vae_size(picture.size[0] / picture.size[1])
+        size = bucket_size(self.model.vae_area, picture.size[0] / picture.size[1], self._side_step)
         return self._mmdit_request(picture, prompt, rounds, size, settings)
 
     def read_generation(self, prompt: str, size: tuple[int, int] | None = None, **settings: Any) -> serving.Job:

@@ -188,7 +188,7 @@ def test_the_manifest_goes_both_ways():
 
 
 @functools.cache
-def door() -> Regenerator:
+def door(**settings) -> Regenerator:
     """The model of the authors' numbers with more words: the byte tokenizer has 264."""
     network = BagelConfig(**{**dataclasses.asdict(MODEL.bagel), "vocab_size": 264, "vit": MODEL.bagel.vit})
     model = dataclasses.replace(MODEL, bagel=network, steps=4)
@@ -196,7 +196,23 @@ def door() -> Regenerator:
     extra = jnp.asarray(reference.noise("more words", 264, 24))
     head = {"kernel": jnp.asarray(reference.noise("head", 24, 264))}
     variables = {**variables, "bagel": {**variables["bagel"], "embed_tokens": extra, "lm_head": head}}
-    return Regenerator(model, variables, ModelConfig.byte_tokenizer())
+    return Regenerator(model, variables, ModelConfig.byte_tokenizer(), **settings)
+
+
+@settings(deadline=None)
+@given(height=st.integers(1, 300), width=st.integers(1, 300))
+def test_few_programs_for_pictures_of_all_sizes(height, width):
+    regenerator = door(side_step=32)
+    (row,) = regenerator.read(np.zeros((height, width, 3), np.uint8), "x").rows
+    size = row.bucket.base[0].size
+    assert set(size) <= {32, 64} and MODEL.vae_sides == (80, 32)
+    assert size[0] >= size[1] if height >= width else size[0] <= size[1]
+
+
+def test_a_step_of_sides_is_a_multiple_of_the_models_own():
+    for step in (24, 0, "32"):
+        with pytest.raises(RefineError, match=f"side_step.*{step}"):
+            door(side_step=step)
 
 
 def test_a_request_depends_on_itself_alone():
