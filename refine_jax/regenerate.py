@@ -138,7 +138,8 @@ class Regenerator(serving.Door):
         noise: Array | None = None,
         progress: bool = False,
     ) -> Image.Image:
-        """Paint `image` anew so that it shows what `prompt` says; a PIL image of the size that `painted_size` gives (or `side_step`).
+        """Paint `image` anew so that it shows what `prompt` says; a PIL image of the size that `painted_size` and
+        `side_step` give.
 
         image: PIL image, path or `[H, W, 3] uint8`. rounds: the result is regenerated again, without leaving the
         device; 0 returns the picture as it is. steps: points of the time grid, steps - 1 updates. text_cfg, image_cfg:
