@@ -435,16 +435,19 @@ def flow_loss(
     """
     z0 = encoded["target"].astype(jnp.float32)
     k_sigma, k_noise = jax.random.split(key)
-    seen = model.pictures.seen
+    seen, patch = model.pictures.seen, model.mmdit.patch_size
     present = [encoded.get(f"has_{name}") for name in seen]
-    context = conditioning.image_tokens(z0.shape, [encoded[name].astype(jnp.float32) for name in seen], present)
+    latents = [encoded[name].astype(jnp.float32) for name in seen]
+    context = conditioning.image_tokens(z0.shape, latents, present, patch)
     levels = flow.sample_sigma(k_sigma, (z0.shape[0],), **sigma)
     noise = jax.random.normal(k_noise, z0.shape, jnp.float32)
-    x = flow.pack_latents(flow.noise_latents(z0, noise, levels))
+    x = flow.pack_latents(flow.noise_latents(z0, noise, levels), patch)
     prediction = velocity(model, variables, lora, x, levels, context, encoded["text"], encoded["text_mask"])
-    target = flow.pack_latents(flow.velocity_target(z0, noise))
+    target = flow.pack_latents(flow.velocity_target(z0, noise), patch)
     band = encoded["band"] if "band" in encoded else jnp.zeros(z0.shape[:3])
-    total, parts = losses.boundary_weighted_loss(prediction, target, band, encoded.get("region"), alpha=alpha)
+    total, parts = losses.boundary_weighted_loss(
+        prediction, target, band, encoded.get("region"), alpha=alpha, patch=patch
+    )
     if "band" not in encoded:
         del parts["band"]
     channels = z0.shape[-1]

@@ -405,6 +405,27 @@ def test_the_loss_sees_tokens_alone(base):
 SIGMA = dict(distribution="logit_normal", shift=4.0)
 
 
+def test_a_token_of_one_latent():
+    """What a model of `patch_size` 1 is trained to predict, location by location."""
+    model = short("rvr")
+    channels = model.vae.z_dim
+    model = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, patch_size=1, in_channels=channels))
+    variables = toy.random_variables(model, 4)
+    z0 = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 6, channels)), jnp.float32)
+    text = jax.random.normal(jax.random.key(1), (2, 5, model.mmdit.joint_attention_dim))
+    encoded = dict(target=z0, text=text, text_mask=jnp.ones((2, 5), bool))
+    key = jax.random.key(2)
+    loss, _ = jax.jit(lambda: objectives.flow_loss(model, variables, {}, encoded, key, SIGMA, 0.0))()
+    k_sigma, k_noise = jax.random.split(key)
+    noise, level = jax.random.normal(k_noise, z0.shape), flow.sample_sigma(k_sigma, (2,), **SIGMA)
+    x = (1 - level[:, None, None, None]) * z0 + level[:, None, None, None] * noise
+    context = conditioning.image_tokens(z0.shape, [], [], 1)
+    predicted = velocity(
+        model, variables, {}, x.reshape(2, 24, channels), level, context, text, encoded["text_mask"]
+    ).reshape(z0.shape)
+    np.testing.assert_allclose(loss, jnp.mean((predicted - (noise - z0)) ** 2), rtol=1e-5)
+
+
 def test_a_lora_is_trained_and_carries_its_conditioning(base, tmp_path):
     """On a model that was made to refine: the file says what it is for. Fixed samples are painted on the way."""
     config = configuration(base, lora=LORA, ema_decay=0.0, pictures=dict(every=2, count=2))
