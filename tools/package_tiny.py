@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from refine_jax import checkpoint
+from refine_jax import checkpoint, loading
 from refine_jax.images import save_picture
 from refine_jax.model import ModelConfig
 
@@ -53,7 +53,8 @@ def draw_panel(name: str, rows: list[dict], size: tuple[int, int] = (480, 300)) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="folder of refine_jax/assets to write")
+    names = [folder for folder, _ in loading.BUNDLED.values()]
+    parser.add_argument("name", choices=names, help="folder of refine_jax/assets to write")
     parser.add_argument("runs", metavar="STAGE=WORKDIR", nargs="+", help="a stage of the training, in order")
     args = parser.parse_args()
     output = Path("refine_jax/assets") / args.name
@@ -61,7 +62,8 @@ def main() -> None:
     trained = list(runs.values())[-1] / "model"
     model = ModelConfig.from_manifest(checkpoint.read_manifest(trained))
     weights = checkpoint.load_weights(trained, model.abstract())
-    about = "trained by refine_jax; see training/ and ATTRIBUTION.md"
+    made_by = dict(loading.BUNDLED.values())[args.name]
+    about = f"trained by refine_jax: {made_by}; see training/ and ATTRIBUTION.md"
     checkpoint.save_model(output, {**model.to_manifest(), "about": about}, weights, dtype="float16")
     shutil.copytree(trained / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
     training = output / "training"
