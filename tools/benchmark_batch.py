@@ -19,11 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
 
-from refine_jax import batch, examples, executables, images, recipes
+from refine_jax import batch, checkpoint, examples, executables, images, loading, recipes
 from refine_jax.manifest import Manifest
+from refine_jax.model import ModelConfig
 from refine_jax.refine import Refiner
 from refine_jax.regenerate import Regenerator
 
@@ -140,13 +142,37 @@ def speed(args: argparse.Namespace, manifest: Path, root: Path) -> None:
     print(f"speed with compilation: batch {len(requests) / first.total_seconds:.2f} results/s")
 
 
+def write_medium(folder: Path) -> Path:
+    """A model folder of the bundled model's kind, of medium width, with random weights."""
+    manifest = checkpoint.read_manifest(loading.resolve("tiny"))
+    wide = dict(num_layers=8, num_attention_heads=8, attention_head_dim=96, joint_attention_dim=768)
+    manifest["mmdit"] |= wide | dict(axes_dims_rope=[16, 40, 40])
+    manifest["vae"] |= dict(base_dim=48)
+    manifest["vl"]["text"] |= dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=6)
+    manifest["vl"]["text"]["mrope_section"] = [16, 24, 24]
+    manifest["vl"]["vision"] |= dict(depth=4, hidden_size=384, intermediate_size=1024, num_heads=6, out_hidden_size=768)
+    manifest |= dict(vae_area=192**2, condition_area=224**2, steps=2)
+    model = ModelConfig.from_manifest(manifest)
+    rng = np.random.default_rng(0)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        scale = 0.02 if path[-1].key != "scale" else 1.0
+        return rng.standard_normal(leaf.shape, np.float32) * scale
+
+    weights = jax.tree_util.tree_map_with_path(draw, model.abstract())
+    print(f"{sum(leaf.size for leaf in jax.tree.leaves(weights)) / 1e9:.2f} billion random weights")
+    model.byte_tokenizer(folder / "tokenizer")
+    checkpoint.save_model(folder, model.to_manifest(), weights)
+    return folder
+
+
 def start(args: argparse.Namespace, manifest: Path, root: Path) -> None:
     """Seconds from the start of a process to its first result."""
     made, cache = root / "executables", root / "cache"
     command = [sys.executable, "-m", "refine_jax"]
     settings = ["--manifest", str(manifest), "--batch-size", str(args.batch_size), "--quiet"]
     if args.model:
-        settings += ["--model", args.model]
+        settings += ["--model", str(write_medium(root / "medium") if args.model == "medium" else args.model)]
 
     def first_result(name: str, folder: Path | None, *more: str, whole: bool = False) -> float:
         output, kept = root / name, ["--cache", str(folder or "none")]
@@ -212,7 +238,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300, help="requests")
     parser.add_argument("--batch-size", type=int, default=recipes.batch().batch_size)
     parser.add_argument("--regenerator", help="folder of a model that regenerates: adds requests for it")
-    parser.add_argument("--model", help="start: in place of the bundled one")
+    parser.add_argument("--model", help="start: a folder, or `medium`: random weights, 0.2 billion")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
