@@ -4,7 +4,7 @@
 
 Goes on from the result of configs/tiny_world.py with pairs of a misaligned and an aligned picture; a third of the rows
 stay text to image. The paper's ablations, from the same start and with the same budget: the picture's latents too
-(--config.conditioning=rvr_vae), and editing (that, and --config.data.editing=true).
+(--config.conditioning=rvr_vae), and editing (that, and --config.data.pairs=edit).
 """
 
 import ml_collections
@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
         vae_from="",
         conditioning="rvr",
         prompt="",
-        data=dict(text_to_image=1 / 3, text_length=54, editing=False),
+        data=dict(text_to_image=1 / 3, text_length=54, pairs="regenerate"),
         optimizer=dict(learning_rate=2e-3, decay=0.5),
     )
     del config.model, config.tokenizer

@@ -188,8 +188,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         if data.source == "synth":
             pairs = loader.refine_batches(split="train", weights=tuple(data.weights), **common)
         elif data.source == "world":
-            weights, editing = tuple(data.weights), data.get("editing", False)
-            pairs = loader.world_batches(split="train", weights=weights, editing=editing, **common)
+            kind = data.get("pairs", loader.WORLD_PAIRS[0])
+            pairs = loader.world_batches(split="train", weights=tuple(data.weights), pairs=kind, **common)
         elif not masked:
             pairs = loader.whole_batches(Dataset(data.path), max_corrupt=data.get("max_corrupt", 0.01), **common)
         else:

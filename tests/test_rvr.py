@@ -543,9 +543,19 @@ def test_the_small_world_is_scored(variables, tmp_path, capsys):
     assert "holds 3 pictures, 4 are wanted" in capsys.readouterr().err
 
 
+def test_what_is_shown_to_teach_an_encoder_to_see():
+    batch, aligned = (next(loader.world_batches(5, 4, pairs=pairs)) for pairs in ("reconstruct", "regenerate"))
+    np.testing.assert_array_equal(batch["image"], batch["target"])
+    np.testing.assert_array_equal(batch["target"], aligned["target"])
+    assert not np.array_equal(aligned["image"], aligned["target"])
+    np.testing.assert_array_equal(batch["instruction"], aligned["instruction"])
+    with pytest.raises(RefineError, match="data.pairs 'repair': choose one of regenerate, edit, reconstruct"):
+        loader.world_batches(5, 4, pairs="repair")
+
+
 def test_an_editor_is_told_what_is_wrong():
     pair = world.sample(5, 3, "train", 64, 1.0)
-    batch = next(loader.world_batches(5, 4, editing=True))
+    batch = next(loader.world_batches(5, 4, pairs="edit"))
     text = loader.decode_instruction(batch["instruction"][3])
     assert text == world.edit_instruction(pair["prompt"], pair["language"], pair["wrong"]) != pair["prompt"]
     assert text.endswith(pair["prompt"])

@@ -183,23 +183,26 @@ def refine_batches(
     )
 
 
+WORLD_PAIRS = ("regenerate", "edit", "reconstruct")
+
+
 @dataclass(frozen=True)
 class _World:
     seed: int
     batch_size: int
     order: tuple[Size, ...]
     split: str
-    editing: bool
+    pairs: str
 
     def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
         side = self.order[step % len(self.order)][0]
-        keep = 1.0 if self.editing else 0.5
+        keep = 1.0 if self.pairs == "edit" else 0.5
         pair = world.sample(self.seed, step * self.batch_size + row, self.split, side, keep)
         text = pair["prompt"]
-        if self.editing:
+        if self.pairs == "edit":
             text = world.edit_instruction(text, pair["language"], pair["wrong"])
         return {
-            "image": pair["misaligned_image"],
+            "image": pair["image" if self.pairs == "reconstruct" else "misaligned_image"],
             "target": pair["image"],
             "instruction": encode_instruction(text, _WORLD_BYTES),
         }
@@ -212,7 +215,7 @@ def world_batches(
     split: str = "train",
     *,
     weights: Sequence[float] | None = None,
-    editing: bool = False,
+    pairs: str = WORLD_PAIRS[0],
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
@@ -221,15 +224,18 @@ def world_batches(
     """Endless batches of the small world's pairs, each of a single square bucket, as `refine_batches` gives its own.
 
     Yields {image (misaligned), target (aligned with the prompt): [b, h, h, 3] uint8, instruction: [b, 256] uint8, the
-    prompt}. Buckets alternate by `weights` (default: equal ones). editing: the ablation of RvR's paper, every
-    misaligned picture is the aligned one with faults, and the instruction names them (`world.edit_instruction`). Raises
-    RefineError for a bucket that is not square.
+    prompt}. Buckets alternate by `weights` (default: equal ones). pairs: "regenerate"; "edit", the ablation of RvR's
+    paper: every misaligned picture is the aligned one with faults, and the instruction names them
+    (`world.edit_instruction`); "reconstruct": the aligned picture in place of the misaligned one, which teaches an
+    encoder to see. Raises RefineError for other pairs and for a bucket that is not square.
     """
+    if pairs not in WORLD_PAIRS:
+        raise RefineError(f"data.pairs {pairs!r}: choose one of {', '.join(WORLD_PAIRS)}")
     buckets = [tuple(bucket) for bucket in buckets]
     for bucket in buckets:
         if len(bucket) != 2 or bucket[0] != bucket[1]:
             raise RefineError(f"data.buckets: the world's pictures are square, got {bucket}; give (side, side)")
-    make = _World(seed, batch_size, schedule(buckets, weights or [1.0] * len(buckets)), split, editing)
+    make = _World(seed, batch_size, schedule(buckets, weights or [1.0] * len(buckets)), split, pairs)
     return Batches(
         make, batch_size, start=start, process_index=process_index, process_count=process_count, workers=workers
     )
