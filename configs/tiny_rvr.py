@@ -1,9 +1,9 @@
-"""The `tiny-rvr` model, second stage: refinement via regeneration in the small world.
+"""The `tiny-rvr` model, third stage: refinement via regeneration in the small world.
 
     refine-jax train --config configs/tiny_rvr.py --workdir runs/tiny_rvr
 
-Goes on from the result of configs/tiny_world.py with pairs of a misaligned and an aligned picture; a third of the rows
-stay text to image. The paper's ablations, from the same start and with the same budget: the picture's latents too
+Goes on from the result of configs/tiny_world_see.py with pairs of a misaligned and an aligned picture; a third of the
+rows stay text to image. The paper's ablations, from the same start and with the same budget: the picture's latents too
 (--config.conditioning=rvr_vae), and editing (that, and --config.data.pairs=edit).
 """
 
@@ -16,7 +16,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The resolved configuration."""
     config = recipes.small_world(
         steps=900,
-        init_from="runs/tiny_world/model",
+        init_from="runs/tiny_world_see/model",
         vae_from="",
         conditioning="rvr",
         prompt="",

@@ -2,7 +2,7 @@
 
     refine-jax train --config configs/tiny_world.py --workdir runs/tiny_world
 
-configs/tiny_rvr.py goes on from its result.
+Takes the VAE of configs/tiny_world_vae.py; configs/tiny_world_see.py goes on from its result.
 """
 
 import ml_collections

@@ -36,7 +36,7 @@ _LIGHTNING = re.compile(r"lightning.*?(\d+)[\s_-]*steps?", re.IGNORECASE)
 # Models of the package: their folders, and what made them. To `Regenerator.load` "tiny" is the second.
 BUNDLED = {
     "tiny": ("tiny", "configs/tiny_vae.py, then configs/tiny.py"),
-    "tiny-rvr": ("tiny_rvr", "configs/tiny_world_vae.py, tiny_world.py and tiny_rvr.py, one after the other"),
+    "tiny-rvr": ("tiny_rvr", "configs/tiny_world_vae.py, tiny_world.py, tiny_world_see.py, tiny_rvr.py"),
 }
 
 # In the header of an adapter's file: what it was trained to be shown.
