@@ -12,12 +12,13 @@ the chips of one model agree on it without a word. And a row's bits do not depen
     OUTPUT/journal/*.jsonl       a line a request, appended once its result stands; a file for each process and start
     OUTPUT/results.jsonl         the last line of each request, in the manifest's order
     OUTPUT/summary.json          how many of each, and how well the device was used
-    OUTPUT/.lock-*               held by the processes that write there now
+    OUTPUT/.lock                 held by the processes that write there now
 """
 
 import collections
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -27,7 +28,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -48,6 +49,7 @@ _AHEAD = 2  # batches decoded before they are needed
 _WAITING = 64  # batches' worth of rows that may wait in queues for others of their bucket
 _PIXELS = 200_000_000  # of pictures that may wait there
 _FAILURES = 3  # batches in a row, and the run stops
+_PARTS = 32  # of 64 KiB, of a large file that are looked at to tell it from others
 
 
 @dataclasses.dataclass
@@ -103,14 +105,10 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("*.jsonl")):
             self.entries.update((entry["id"], entry) for entry in _complete_lines(path))
-        number = 0
-        while True:  # a file of its own: whoever was killed may have left half a line in the last one
-            path = folder / f"{len(list(folder.glob('*.jsonl'))) + number:06d}-{process:05d}.jsonl"
-            try:
-                self._file = open(path, "x", encoding="utf-8")
-                break
-            except FileExistsError:
-                number += 1
+        # A file of its own, read after those before it: whoever was killed may have left half a line in the last one.
+        numbers = [int(path.name[:6]) for path in folder.glob("*.jsonl") if path.name[:6].isdigit()]
+        number = max(numbers, default=-1) + 1
+        self._file = open(folder / f"{number:06d}-{process:05d}.jsonl", "x", encoding="utf-8")
         self._lock = threading.Lock()
 
     def add(self, entry: Mapping[str, Any]) -> None:
@@ -123,9 +121,12 @@ class Journal:
                 raise RefineError(f"{self._file.name}: cannot be written ({error.strerror}); run again") from None
 
     def close(self) -> None:
-        self._file.close()
-        if os.path.getsize(self._file.name) == 0:
-            os.unlink(self._file.name)
+        """Lines that a full disk kept back are lost: `add` has said so."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        with contextlib.suppress(OSError):
+            if os.path.getsize(self._file.name) == 0:
+                os.unlink(self._file.name)
 
 
 def _complete_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -185,7 +186,8 @@ class Scheduler:
         self._errors: list[BaseException] = []
         self._stop = threading.Event()
         self._pixels = 0
-        self._failures, self._failing = 0, threading.Lock()
+        self._failed: set[Any] = set()  # since the last batch that ran
+        self._failing = threading.Lock()
         self.summary = Summary()
 
     def stop(self) -> None:
@@ -244,7 +246,7 @@ class Scheduler:
                 self._refuse(request, REFUSED, str(error))
                 continue
             except Exception as error:  # whatever a strange file brings about is that request's own
-                self._refuse(request, FAILED, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                self._refuse(request, FAILED, _reason(error))
                 continue
             self._add(task)
         for _, future in ahead:
@@ -288,20 +290,30 @@ class Scheduler:
     def _launch_all(self) -> None:
         """Launches batches, at most one ahead of the one that runs (of each stream)."""
         while (batch := self._batches.get()) is not None:
-            if self._stop.is_set():
-                continue
-            counts = batch.door.programs.counts
-            made, started = counts.compiled + counts.loaded, time.perf_counter()
-            try:
-                launched = batch.door.launch(batch.bucket, [task.job.rows[order] for task, order in batch.rows])
-            except Exception as error:
-                self._fail(batch, error)
-                continue
-            at = time.perf_counter()
-            if counts.compiled + counts.loaded > made:
-                self._clock.preparing.append((started, at))
-            self._flying.put((batch, launched, at))
+            if not self._stop.is_set():
+                self._guarded(self._launch, batch)
         self._flying.put(None)
+
+    def _guarded(self, step: Callable[..., None], *args: Any) -> None:
+        """What a step raises ends the run; its thread lives on and empties its queue, so that nobody waits for it."""
+        try:
+            step(*args)
+        except BaseException as error:
+            self._errors.append(error)
+            self._stop.set()
+
+    def _launch(self, batch: _Batch) -> None:
+        counts = batch.door.programs.counts
+        made, started = counts.compiled + counts.loaded, time.perf_counter()
+        try:
+            launched = batch.door.launch(batch.bucket, [task.job.rows[order] for task, order in batch.rows])
+        except Exception as error:
+            self._fail(batch, error)
+            return
+        at = time.perf_counter()
+        if counts.compiled + counts.loaded > made:
+            self._clock.preparing.append((started, at))
+        self._flying.put((batch, launched, at))
 
     def _land_all(self) -> None:
         """Waits for batches, in the order in which they were launched."""
@@ -310,38 +322,48 @@ class Scheduler:
             item = self._flying.get()
             if item is None:
                 ended += 1
-                continue
-            batch, launched, at = item
-            try:
-                jax.block_until_ready(launched)
-                self._clock.working.append((at, time.perf_counter()))
-                results = batch.door.fetch(launched, len(batch.rows))
-            except Exception as error:
-                self._fail(batch, error)
-                continue
-            self._failures = 0
-            self.summary.batches += 1
-            self.summary.rows += len(batch.rows)
-            self.summary.padding += batch.door.rows_of(len(batch.rows)) - len(batch.rows)
-            for (task, order), result in zip(batch.rows, results):
-                task.results[order] = result
-                task.missing -= 1
-                if task.missing == 0:
-                    self._done(task)
+            else:
+                self._guarded(self._land, *item)
+
+    def _land(self, batch: _Batch, launched: Any, at: float) -> None:
+        try:
+            jax.block_until_ready(launched)
+            self._clock.working.append((at, time.perf_counter()))
+            results = batch.door.fetch(launched, len(batch.rows))
+        except Exception as error:
+            self._fail(batch, error)
+            return
+        with self._failing:
+            self._failed.clear()
+        self.summary.batches += 1
+        self.summary.rows += len(batch.rows)
+        self.summary.padding += batch.door.rows_of(len(batch.rows)) - len(batch.rows)
+        for (task, order), result in zip(batch.rows, results):
+            task.results[order] = result
+            task.missing -= 1
+            if task.missing == 0:
+                self._done(task)
 
     def _fail(self, batch: _Batch, error: Exception) -> None:
         """A batch that did not run, for want of memory for instance: its requests have failed, others go on."""
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = _reason(error)
+        # A bucket that is too large for the device says nothing of the others, however often it comes.
+        large = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason
         with self._failing:
             lost = {id(task): task for task, _ in batch.rows if task.missing > 0}
             for task in lost.values():
                 task.missing = -(2**30)  # its other rows come to nothing
-            self._failures += 1
-            many = self._failures >= _FAILURES
+            self._failed.add((id(batch.door), batch.bucket) if large else object())
+            many = len(self._failed) >= _FAILURES
         for task in lost.values():
             self._refuse(task.request, FAILED, reason)
         if many:
-            self._errors.append(RefineError(f"{_FAILURES} batches in a row failed ({reason}); give a smaller batch"))
+            self._errors.append(
+                RefineError(
+                    f"{_FAILURES} batches in a row failed ({reason}); "
+                    + ("give a smaller batch" if large else "run again")
+                )
+            )
             self._stop.set()
 
     def _done(self, task: _Task) -> None:
@@ -349,7 +371,12 @@ class Scheduler:
 
         def finish() -> None:
             try:
-                self._finish(task.request, task.job.finish(task.results))
+                try:
+                    picture = task.job.finish(task.results)
+                except Exception as error:
+                    self._refuse(task.request, FAILED, _reason(error))
+                    return
+                self._finish(task.request, picture)
                 if not self.summary.first_result_seconds:
                     self.summary.first_result_seconds = time.perf_counter() - self._started
             except BaseException as error:
@@ -388,6 +415,11 @@ def _measure(intervals: Sequence[tuple[float, float]]) -> float:
     return total
 
 
+def _reason(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def _share(task: _Task) -> int:
     """Pixels that a waiting row keeps in memory."""
     return task.job.pixels // len(task.job.rows)
@@ -414,38 +446,41 @@ def run(
     output = Path(output)
     listed = Manifest(manifest, root)
     doors = Doors(config, store or executables.Store())
-    first = next((request for request in listed if isinstance(request, Request)), None)
-    if first is not None:
-        doors.by_task[first.task]()  # a model that is not there is no request's fault
+    doors.open(request.task for request in listed if isinstance(request, Request))
     if jax.process_index() == 0:
         claim = _claim(output, config, doors)
     _meet("the output folder is claimed")
     if jax.process_index():
         claim = _claim(output, config, doors)
     journal = Journal(output / "journal", jax.process_index())
-    _meet("the journals are read")  # nobody writes before
+    todo = _remaining(listed, journal.entries, output)
+    _meet("all know what is left")  # nobody writes before
     share, shares, leads = doors.share
     if shares == jax.process_count() > 1:
         jax.distributed.shutdown()  # nothing more to say to each other: who dies from here on, dies alone
-    todo = _remaining(listed, journal.entries, output)
     mine = todo[share::shares]
     written = journal if leads else None
-    lock, bar = threading.Lock(), tqdm(total=len(mine), unit="request", disable=not progress, desc="requests")
+    lock = threading.Lock()
+    bar = tqdm(total=len(mine), unit="request", disable=not progress, desc="requests", file=_Stderr())
 
     def record(request: Request | Refused, status: str, **more: Any) -> None:
         entry = dict(id=request.id or f"line {request.line}", line=request.line, status=status)
         if isinstance(request, Request):
             entry["digest"] = request.digest
-        with lock:
-            setattr(scheduler.summary, status, getattr(scheduler.summary, status) + 1)
-            bar.update()
         entry |= more
         if written is not None and journal.entries.get(entry["id"]) != entry:
             written.add(entry)
+        with lock:
+            setattr(scheduler.summary, status, getattr(scheduler.summary, status) + 1)
+            bar.update()
 
     def finish(request: Request, picture: Any) -> None:
         file = f"results/{request.id}.png"
         if written is not None:
+            before = journal.entries.get(request.id, {})
+            if before.get("status") == DONE and before.get("digest") != request.digest:
+                # Whoever is killed between the picture and its line leaves no line that speaks of another picture.
+                written.add(dict(id=request.id, line=request.line, status="open"))
             images.save_picture(picture, output / file, "result", fast=True)
         record(request, DONE, file=file, size=list(picture.size))
 
@@ -495,19 +530,41 @@ def compile_ahead(
     listed = Manifest(manifest, root)
     doors = Doors(config, store)
     seen: set[Any] = set()
+    buckets: set[Any] = set()
     for request in tqdm(listed, unit="request", disable=not progress, desc="requests"):
         if isinstance(request, Refused):
             continue
         door = doors.by_task[request.task]()
         try:
             job = (door.read_generation if request.task == "generate" else door.read)(**request.arguments)
-        except RefineError:
+        except Exception:  # what `run` refuses too
             continue
-        for row in job.rows:
-            if (key := (id(door), row.bucket)) not in seen:
-                seen.add(key)
-                door.launch(row.bucket, [row])
-    return len(seen)
+        keys = [(id(door), row.bucket) for row in job.rows]
+        buckets.update(keys)
+        # References have programs by their sizes; several regions are pasted by one of their own.
+        keys = [(*key, *door.parts(row)) for key, row in zip(keys, job.rows)]
+        if set(keys) <= seen and (len(keys) == 1 or tuple(keys) in seen):
+            continue
+        made = [door.fetch(door.launch(row.bucket, [row]), 1)[0] for row in job.rows]
+        if len(keys) > 1:
+            job.finish(made)
+        seen.update(keys, [tuple(keys)])
+    return len(buckets)
+
+
+class _Stderr:
+    """Standard error, for a bar: when nobody reads it any more, that is no error."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
 
 
 def _meet(where: str) -> None:
@@ -532,9 +589,24 @@ class Doors:
         }
         self.mesh, self.share = _group(dict(config.mesh))
 
-    def names(self) -> dict[str, str]:
-        """What the run's models are, for its identity."""
-        return {name: _identity(self._config[name]) for name in ("model", "regenerator")}
+    def open(self, tasks: Iterable[str]) -> None:
+        """Load the models of these tasks, or raise `RefineError`: a model that is not there is no request's fault."""
+        left = dict(self.by_task)
+        for task in tasks:
+            if task in left:
+                left.pop(task)()
+            if not left:
+                break
+
+    def names(self) -> dict[str, Any]:
+        """What the run's models and adapters are, for its identity."""
+        found: dict[str, Any] = {}
+        for name in ("model", "regenerator"):
+            model = self._config[name]
+            found[name] = _identity("tiny-rvr" if (name, model) == ("regenerator", "tiny") else model)
+            adapters = [item if isinstance(item, (list, tuple)) else (item, 1.0) for item in self._config.lora[name]]
+            found[f"adapters of {name}"] = [[_identity(file), weight] for file, weight in adapters]
+        return found
 
     def _door(self, name: str) -> serving.Door:
         with self._lock:
@@ -591,7 +663,7 @@ def _group(axes: Mapping[str, int]) -> tuple[jax.sharding.Mesh | None, tuple[int
 
 
 def _identity(model: str) -> str:
-    """A model by its files: names, sizes, and the bytes of the small ones."""
+    """A model or an adapter by its files: names, sizes, and their bytes; of large ones, samples."""
     folder = loading.BUNDLED.get(model)
     folder = Path(loading.__file__).parent / "assets" / folder[0] if folder else Path(model)
     if not folder.exists():
@@ -601,31 +673,48 @@ def _identity(model: str) -> str:
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder.parent)} {size}\n".encode())
-        if size < 2**20:
-            digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            for part in range(1 if size < 2**20 else _PARTS):
+                file.seek(part * max(0, size - 2**16) // max(1, _PARTS - 1))
+                digest.update(file.read(2**20 if size < 2**20 else 2**16))
     return f"{Path(model).name} {digest.hexdigest()[:16]}"
 
 
 def _claim(output: Path, config: ml_collections.ConfigDict, doors: Doors) -> IO[str]:
     """Make the output folder this run's, or see that it is; clear it of what killed processes left half written.
 
-    Returns a file: until it is closed, no other run on this machine gets the folder.
+    Returns a file: until all processes of a run have closed theirs, no other run gets the folder.
     """
     settings = {**json.loads(config.to_json_best_effort()), **doors.names()}
     for name in ("topology", "variant"):
         settings.pop(name, None)
-    path = output / "run.json"
+    path, first = output / "run.json", jax.process_index() == 0
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and any(p for p in output.iterdir() if p.suffix != ".partial" and p.name != ".lock"):
+            raise RefineError(f"--output-dir {str(output)!r}: holds other files; give a new folder")
+        claim = open(output / ".lock", "a")
         try:
+            # The first process sees that it is alone; then all hold the lock together.
+            for kind in (fcntl.LOCK_EX, fcntl.LOCK_SH) if first else (fcntl.LOCK_SH,):
+                fcntl.flock(claim, kind | fcntl.LOCK_NB)
+                if kind == fcntl.LOCK_EX:
+                    for left in output.rglob("*.partial"):
+                        left.unlink(missing_ok=True)
+        except BlockingIOError:
+            raise RefineError(
+                f"--output-dir {str(output)!r}: another run is writing there; wait until it ends, or give another"
+                " folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # a file system without locks
+                raise
+        if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            if any(path for path in output.iterdir() if path.suffix != ".partial"):
-                raise RefineError(f"--output-dir {str(output)!r}: holds other files; give a new folder") from None
+        else:
             checkpoint.write_text(path, json.dumps(settings, indent=1, sort_keys=True) + "\n")
             found = settings
         (output / "results").mkdir(exist_ok=True)
-        claim = open(output / f".lock-{jax.process_index():05d}", "w")
     except RefineError:
         raise
     except OSError as error:
@@ -639,17 +728,6 @@ def _claim(output: Path, config: ml_collections.ConfigDict, doors: Doors) -> IO[
             f"--output-dir {str(output)!r}: its results were made with {name} {found.get(name)!r}, now"
             f" {settings.get(name)!r}; give the same settings, or another folder"
         )
-    try:
-        fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RefineError(
-            f"--output-dir {str(output)!r}: another run is writing there; wait until it ends, or give another folder"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    if jax.process_index() == 0:
-        for left in output.rglob("*.partial"):
-            left.unlink(missing_ok=True)
     return claim
 
 
@@ -675,6 +753,13 @@ def _remaining(listed: Manifest, entries: Mapping[str, Mapping[str, Any]], outpu
 
 def _report(output: Path, listed: Manifest, summary: Summary, share: int) -> None:
     """The results in the manifest's order; whoever ends last has them all."""
+    with open(output / ".lock-report", "a") as turn:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(turn, fcntl.LOCK_EX)
+        _write_report(output, listed, summary, share)
+
+
+def _write_report(output: Path, listed: Manifest, summary: Summary, share: int) -> None:
     entries: dict[str, dict[str, Any]] = {}
     for path in sorted((output / "journal").glob("*.jsonl")):
         entries.update((entry["id"], entry) for entry in _complete_lines(path))
@@ -701,9 +786,10 @@ def _signals(stop: Callable[[], None]) -> Iterator[None]:
     old = {}
 
     def handler(number: int, frame: Any) -> None:
-        print("refine-jax: stopping; what runs is finished and written", file=sys.stderr, flush=True)
         stop()
         signal.signal(number, old[number])
+        with contextlib.suppress(OSError):
+            print("refine-jax: stopping; what runs is finished and written", file=sys.stderr, flush=True)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         old[number] = signal.signal(number, handler)

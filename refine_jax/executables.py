@@ -109,16 +109,20 @@ class Store:
         arrays = tuple(x.arrays() if isinstance(x, Later) else x for x in args)
         if made not in self._untried:
             return made(*arrays)
-        self._untried.discard(made)
         try:
-            return jax.block_until_ready(made(*arrays))
+            result = jax.block_until_ready(made(*arrays))
         except Exception as error:  # loaded without complaint, and cannot run
             key = _key(program, shapes, static)
-            self._refuse(self.folder / f"{key}{SUFFIX}", f"does not run ({type(error).__name__})")
             with self._lock:
-                self._programs.pop(key, None)
-                self._broken.add(key)
+                first = key not in self._broken
+                if first:
+                    self._programs.pop(key, None)
+                    self._broken.add(key)
+            if first:
+                self._refuse(self.folder / f"{key}{SUFFIX}", f"does not run ({type(error).__name__})")
             return self.get(program, shapes, static)(*arrays)
+        self._untried.discard(made)
+        return result
 
     def get(self, program: Any, args: tuple, static: Mapping[str, Any]) -> Callable[..., Any]:
         """The executable for `args`, arrays or `jax.ShapeDtypeStruct`s; called with the arrays alone."""

@@ -9,7 +9,7 @@ import io
 import numbers
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -307,19 +307,26 @@ def _is_box(value: Any) -> bool:
 
 
 def region_masks(regions: Any, size: tuple[int, int]) -> list[np.ndarray]:
-    """The masks `[H, W] uint8` of what `Refiner.refine` takes as regions, in a picture of `size` (width, height).
+    """The masks of `each_region`, all at once."""
+    return list(each_region(regions, size)[1])
 
-    A mask (`read_mask`), a box (`box_mask`), or a list of them. Raises `RefineError` as those do and for an empty list.
+
+def each_region(regions: Any, size: tuple[int, int]) -> tuple[int, Iterator[np.ndarray]]:
+    """How many regions `Refiner.refine` was given, in a picture of `size` (width, height), and their masks `[H, W]
+    uint8`, one by one: each is as large as the picture.
+
+    A mask (`read_mask`), a box (`box_mask`), or a list of them. Raises `RefineError` for an empty list; the iterator
+    does, as those.
     """
     if _is_box(regions) or not isinstance(regions, (tuple, list)):
         regions = [regions]
     if not regions:
         raise RefineError("mask_or_box: the list is empty; give at least one mask or box")
     named = ["" if len(regions) == 1 else f" {k + 1}" for k in range(len(regions))]
-    return [
+    return len(regions), (
         box_mask(region, size, f"box{name}") if _is_box(region) else read_mask(region, size, f"mask{name}")
         for region, name in zip(regions, named)
-    ]
+    )
 
 
 def check_output(path: str | os.PathLike, alpha: bool = False, name: str = "output") -> None:

@@ -38,6 +38,7 @@ WIDE_TEXT_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4
 # Widths over heights of focus crops where few programs are to serve all: a factor of the square root of two apart.
 ASPECTS = tuple(2 ** (k / 2) for k in range(-6, 7))
 _KEPT = 64  # encoded references
+_COVERED = 400_000_000  # pixels of a request's regions, each of which is kept until it is pasted
 
 
 # ---------------------------------------------------------------------------------------------------------- the program
@@ -409,8 +410,7 @@ class Refiner(serving.Door):
         """One request, `refine`'s arguments, decoded and checked; nothing is computed."""
         model = self.model
         picture = images.read_picture(image)
-        masks = images.region_masks(mask_or_box, picture.size)
-        count = len(masks)
+        count, masks = images.each_region(mask_or_box, picture.size)
         texts = _per_region(prompt, count, "prompt", str)
         shown = [
             None if r is None else self._shown(images.read_picture(r, "reference"))
@@ -427,7 +427,8 @@ class Refiner(serving.Door):
             raise RefineError(f"feather {feather!r}: give {' or '.join(map(repr, limits.FEATHERS))}")
         negative = (model.negative_prompt if negative_prompt is None else negative_prompt) if scale > 1 else None
 
-        regions = []
+        regions: list[_Region] = []
+        covered = 0
         for order, (mask, text, reference) in enumerate(zip(masks, texts, shown)):
             box = self._focus(mask, picture.size, margin) if focus else np.array([0, 0, *picture.size], np.int32)
             ratio = int(box[2] - box[0]) / int(box[3] - box[1])
@@ -438,6 +439,12 @@ class Refiner(serving.Door):
             if max(crop) > 16 * min(crop):
                 raise RefineError(
                     f"{picture.name}: the region to refine is {ratio:.3g} times as wide as high; give a larger margin"
+                )
+            covered += int(box[2] - box[0]) * int(box[3] - box[1])
+            if covered > max(_COVERED, picture.rgb.size // 3):
+                raise RefineError(
+                    f"{picture.name}: its regions, with margins, are more than {_COVERED // 10**6} megapixels together;"
+                    " give fewer at once"
                 )
             pictures = [model.vl_grid(ratio)] * 2
             if reference is not None:
@@ -481,6 +488,10 @@ class Refiner(serving.Door):
                 pasted = np.asarray(self.programs.call(paste_program, *arguments, style=region.bucket.base.style))
             whole[y1:y2, x1:x2] = pasted[: y2 - y1, : x2 - x1]
         return picture.with_rgb(whole)
+
+    def parts(self, row: _Region) -> tuple:
+        shown = row.reference
+        return () if shown is None else (shown.size, shown.views, *map(canvas_side, shown.rgb.shape[:2]))
 
     def _shown(self, picture: images.Picture) -> _Shown:
         ratio = picture.size[0] / picture.size[1]

@@ -94,6 +94,10 @@ class Door:
         arrays = jax.tree.map(parallel.fetch, launched)
         return [jax.tree.map(lambda array: array[row], arrays) for row in range(count)]  # noqa: B023
 
+    def parts(self, row: Any) -> tuple:
+        """Shapes that decide programs of a row besides its bucket's."""
+        return ()
+
     def rows_of(self, count: int) -> int:
         """Rows of the program that runs `count`."""
         return self.batch_size or power_of_two(count)

@@ -25,18 +25,18 @@ class PlainDoor:
         self.programs = executables.Store()
         self.launched: list[tuple] = []
 
-    def read(self, rows: list, pixels: int = 1, broken: str = "") -> serving.Job:
+    def read(self, rows: list, pixels: int = 1, broken: str = "", torn: bool = False) -> serving.Job:
         time.sleep(self.slow * random.random())
         if broken:
             raise RefineError(broken)
         made = tuple(SimpleNamespace(bucket=serving.Bucket(bucket, (1,)), value=value) for bucket, value in rows)
-        return serving.Job(made, lambda results: sum(results), pixels)
+        return serving.Job(made, (lambda results: 1 // 0) if torn else sum, pixels)
 
     def launch(self, bucket, rows):
         time.sleep(self.slow * random.random())
         self.launched.append((bucket.base, tuple(row.value for row in rows)))
         if bucket.base in self.bad:
-            raise MemoryError("too large")
+            raise RuntimeError("device lost") if bucket.base == "lost" else MemoryError("too large")
         return np.array([row.value for row in rows])
 
     def fetch(self, launched, count):
@@ -121,8 +121,36 @@ def test_a_batch_that_fails_takes_its_requests_along_and_no_others():
 
 
 def test_a_device_that_is_lost_ends_the_run():
-    with pytest.raises(RefineError, match="3 batches in a row failed"):
-        run([request(k, rows=[("bad", k)]) for k in range(40)], batch_size=1, bad=("bad",))
+    with pytest.raises(RefineError, match="3 batches in a row failed .*device lost.*run again"):
+        run([request(k, rows=[("lost", k)]) for k in range(40)], batch_size=1, bad=("lost",))
+    buckets = [f"large {k}" for k in range(5)]
+    with pytest.raises(RefineError, match="3 batches in a row failed .*too large.*smaller batch"):
+        run([request(k, rows=[(buckets[k % 5], k)]) for k in range(40)], batch_size=1, bad=buckets)
+
+
+def test_a_bucket_that_is_too_large_hinders_no_other_however_often_it_comes():
+    requests = [request(k, rows=[("a" if k > 20 else "large", k)]) for k in range(30)]
+    done, refused, _, _ = run(requests, batch_size=2, bad=("large",))
+    assert set(done) == {str(k) for k in range(21, 30)} and len(refused) == 21
+    assert {status for status, _ in refused.values()} == {batch.FAILED}
+
+
+def test_a_picture_that_cannot_be_put_together_is_its_requests_own():
+    done, refused, _, _ = run([request(k, rows=[("a", k)], torn=k == 2) for k in range(6)])
+    assert set(done) == {"0", "1", "3", "4", "5"} and refused["2"][0] == batch.FAILED
+    assert "ZeroDivisionError" in refused["2"][1]
+
+
+@pytest.mark.parametrize("where", ["launch", "fetch"])
+def test_a_failure_that_cannot_be_recorded_ends_the_run(where):
+    def refuse(request, status, reason):
+        raise RefineError("journal: cannot be written (No space left on device)")
+
+    door = PlainDoor(2)
+    setattr(door, where, lambda *_: 1 // 0)
+    scheduler = batch.Scheduler({"refine": lambda: door}, lambda *_: None, refuse, batch_size=2, workers=2, streams=2)
+    with pytest.raises(RefineError, match="No space left"):
+        scheduler.run(request(k, rows=[("a", k)]) for k in range(100))
 
 
 def test_a_full_disk_ends_the_run():
@@ -170,6 +198,19 @@ def test_a_joined_bucket_holds_all(found):
     joined = serving.join(buckets)
     assert all(mine <= whole for bucket in buckets for mine, whole in zip(bucket.sizes, joined.sizes))
     assert joined in [serving.Bucket("base", (a, b)) for a in range(10) for b in range(10)]
+
+
+def test_a_later_start_has_the_last_word(tmp_path):
+    """Also where journals that stayed empty are gone."""
+    first = [batch.Journal(tmp_path, process) for process in range(4)]
+    first[3].add(dict(id="r", status="failed"))
+    for journal in first:
+        journal.close()
+    second = batch.Journal(tmp_path)
+    assert second.entries["r"]["status"] == "failed"
+    second.add(dict(id="r", status="done"))
+    second.close()
+    assert batch.Journal(tmp_path).entries["r"]["status"] == "done"
 
 
 def test_half_a_line_of_a_journal_does_not_count(tmp_path):
