@@ -20,6 +20,8 @@ from refine_jax.refine import ASPECTS, grown
 class PlainDoor:
     """Its rows are numbers, their results too; `bad` buckets fail."""
 
+    spans = False
+
     def __init__(self, batch_size: int, slow: float = 0.0, bad: tuple = ()):
         self.batch_size, self.slow, self.bad = batch_size, slow, bad
         self.programs = executables.Store()
