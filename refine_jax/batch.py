@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from tqdm import tqdm
@@ -171,15 +172,17 @@ class Scheduler:
         batch_size: int,
         workers: int,
         streams: int = 1,
+        agree: Callable[[bool], bool] | None = None,
     ):
         """doors: makers of the doors, by task. finish: takes a request and its picture, in threads of its own; refuse:
         a request, what it is (`REFUSED`, `FAILED`) and why. workers: threads that decode, and as many that finish.
-        streams: threads that launch; a CPU runs what one thread launches in turn, and half idle."""
+        streams: threads that launch; a CPU runs what one thread launches in turn, and half idle. agree: of processes
+        that share one model, whether one of them is to stop; called by all before each batch, and once at the end."""
         self._doors, self._finish, self._refuse = doors, finish, refuse
         self._batch_size, self._workers = batch_size, workers
         self._queues: collections.OrderedDict[Any, list[tuple[_Task, int]]] = collections.OrderedDict()
         self._batches: queue.Queue[_Batch | None] = queue.Queue(maxsize=2)
-        self._streams = streams
+        self._streams, self._agree = streams, agree
         self._flying: queue.Queue[tuple[_Batch, Any, float] | None] = queue.Queue(maxsize=streams)
         self._clock = _Clock()
         self._open = threading.Semaphore(4 * batch_size + 2 * workers)  # results that wait to be written
@@ -289,10 +292,23 @@ class Scheduler:
 
     def _launch_all(self) -> None:
         """Launches batches, at most one ahead of the one that runs (of each stream)."""
+        agreed = False  # to stop
         while (batch := self._batches.get()) is not None:
-            if not self._stop.is_set():
+            if self._agree is None:
+                agreed = self._stop.is_set()
+            elif not agreed and (agreed := self._ask(self._stop.is_set())):
+                self._stop.set()
+            if not agreed:
                 self._guarded(self._launch, batch)
+        if self._agree is not None and not agreed:
+            self._ask(True)  # whoever has more to do stops with this one
         self._flying.put(None)
+
+    def _ask(self, stop: bool) -> bool:
+        """Whether a process of this model stops, before some launch what the others do not."""
+        answers: list[bool] = []
+        self._guarded(lambda: answers.append(self._agree(stop)))
+        return not answers or answers[0]
 
     def _guarded(self, step: Callable[..., None], *args: Any) -> None:
         """What a step raises ends the run; its thread lives on and empties its queue, so that nobody waits for it."""
@@ -307,12 +323,12 @@ class Scheduler:
         made, started = counts.compiled + counts.loaded, time.perf_counter()
         try:
             launched = batch.door.launch(batch.bucket, [task.job.rows[order] for task, order in batch.rows])
-            if batch.door.spans:  # to gather is a program too, and all processes run theirs in one order
+            at = time.perf_counter()
+            if self._agree is not None:  # to gather is a program too, and all processes run theirs in one order
                 launched = jax.tree.map(parallel.fetch, launched)
         except Exception as error:
             self._fail(batch, error)
             return
-        at = time.perf_counter()
         if counts.compiled + counts.loaded > made:
             self._clock.preparing.append((started, at))
         self._flying.put((batch, launched, at))
@@ -497,6 +513,7 @@ def run(
         workers=workers or min(8, os.cpu_count() or 1),
         # Processes that share one model launch in one order.
         streams=3 if jax.default_backend() == "cpu" and shares == jax.process_count() else 1,
+        agree=None if shares == jax.process_count() else _agreement(doors.mesh),
     )
     try:
         with bar, _signals(scheduler.stop):
@@ -662,6 +679,18 @@ def _group(axes: Mapping[str, int]) -> tuple[jax.sharding.Mesh | None, tuple[int
     group = range(share * together, (share + 1) * together)
     devices = [device for device in jax.devices() if device.process_index in group]
     return parallel.make_mesh({"data": -1, **axes}, devices), (share, shares, member == 0)
+
+
+def _agreement(mesh: jax.sharding.Mesh) -> Callable[[bool], bool]:
+    """A function that all processes of a mesh call together: whether one of them said True."""
+    each = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+    some = jax.jit(jnp.any, out_shardings=parallel.replicated(mesh))
+
+    def agree(flag: bool) -> bool:
+        flags = jax.make_array_from_callback((mesh.size,), each, lambda _: np.full(1, flag))
+        return bool(np.asarray(some(flags)))
+
+    return agree
 
 
 def _identity(model: str) -> str:

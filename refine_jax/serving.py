@@ -98,12 +98,6 @@ class Door:
         """Shapes that decide programs of a row besides its bucket's."""
         return ()
 
-    @property
-    def spans(self) -> bool:
-        """Whether the model lies on devices of other processes too."""
-        devices = () if self._mesh is None else self._mesh.devices.flat
-        return any(device.process_index != jax.process_index() for device in devices)
-
     def rows_of(self, count: int) -> int:
         """Rows of the program that runs `count`."""
         return self.batch_size or power_of_two(count)

@@ -20,8 +20,6 @@ from refine_jax.refine import ASPECTS, grown
 class PlainDoor:
     """Its rows are numbers, their results too; `bad` buckets fail."""
 
-    spans = False
-
     def __init__(self, batch_size: int, slow: float = 0.0, bad: tuple = ()):
         self.batch_size, self.slow, self.bad = batch_size, slow, bad
         self.programs = executables.Store()
@@ -153,6 +151,39 @@ def test_a_failure_that_cannot_be_recorded_ends_the_run(where):
     scheduler = batch.Scheduler({"refine": lambda: door}, lambda *_: None, refuse, batch_size=2, workers=2, streams=2)
     with pytest.raises(RefineError, match="No space left"):
         scheduler.run(request(k, rows=[("a", k)]) for k in range(100))
+
+
+def test_processes_of_one_model_stop_behind_the_same_batch():
+    """Each as a scheduler of its own; whoever asks waits for the other, as in a collective."""
+    meeting, told, launched, schedulers = threading.Barrier(2, timeout=20), [False, False], [[], []], []
+
+    def agreement(number: int):
+        def agree(stop: bool) -> bool:
+            told[number] = stop
+            meeting.wait()
+            found = any(told)
+            meeting.wait()
+            return found
+
+        return agree
+
+    for number in range(2):
+        door = PlainDoor(2, slow=0.005)
+        door.launched = launched[number]
+        make = dict(batch_size=2, workers=1, agree=agreement(number))
+        schedulers.append(batch.Scheduler({"refine": lambda d=door: d}, lambda *_: None, lambda *_: None, **make))
+    requests = lambda: (request(k, rows=[("a", k)]) for k in range(400))
+    threads = [threading.Thread(target=scheduler.run, args=(requests(),)) for scheduler in schedulers]
+    for thread in threads:
+        thread.start()
+    while len(launched[1]) < 5:
+        time.sleep(0.001)
+    schedulers[1].stop()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert launched[0] == launched[1] and 5 <= len(launched[0]) < 200
+    assert all(scheduler.stopped for scheduler in schedulers)
 
 
 def test_a_full_disk_ends_the_run():
