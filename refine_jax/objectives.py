@@ -24,7 +24,7 @@ from refine_jax.data.records import Dataset, open_picture
 from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig, encode_images, encode_prompts, velocity
 from refine_jax.models.layers import init_lora, rotary_frequencies, scale_lora
-from refine_jax.models.mmdit import MMDiTConfig, stack_blocks
+from refine_jax.models.mmdit import MMDiTConfig, stack_blocks, unstack_blocks
 from refine_jax.models.qwen_vae import QwenVAE, VAEConfig
 from refine_jax.objective import LORA_FILE, Objective
 from refine_jax.refine import Refiner
@@ -137,7 +137,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     architecture, and what is frozen comes from the model `config.vae_from`. Trained are a LoRA of the MMDiT
     where `config.lora` gives rank, alpha, targets (an expression for the paths of its dense layers); otherwise the
     MMDiT, and the vision-language encoder too where `config.train_encoder` is set. Frozen weights and computation are
-    `config.dtype`, trained ones float32.
+    `config.dtype`, trained ones float32. `config.remat`, `config.scan`: of the MMDiT's blocks, by default as the model
+    has them.
     """
     adapter, data = config.get("lora"), config.data
     kinds = ("synth", "records", "cache", "world")
@@ -158,17 +159,26 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     boxed = model.boxed(frozen)
 
     def load(shardings: Any) -> Any:
-        return source.parameters(model.abstract(frozen), shardings, config.dtype, progress=bool(config.init_from))
+        return read(frozen, shardings, config.dtype)
 
     def initial(shardings: Any) -> Any:
-        return source.parameters(model.abstract(trained), shardings, "float32", progress=True)
+        return read(trained, shardings, "float32")
+
+    def read(names: tuple[str, ...], shardings: Any, dtype: str) -> Any:
+        progress = bool(config.init_from)
+        if "mmdit" not in names or model.mmdit.scan:
+            return source.parameters(model.abstract(names), shardings, dtype, progress=progress)
+        stored = scanned(model)  # as every model folder is
+        placed = parallel.param_shardings(stored.boxed(names), None)
+        trees = source.parameters(stored.abstract(names), placed, dtype, progress=progress)
+        return jax.device_put(trees | {"mmdit": unstack_blocks(trees["mmdit"])}, shardings)
 
     def init(key: jax.Array) -> Any:
         if adapter:
             base = jax.eval_shape(lambda: model.init(key, ("mmdit",)))["mmdit"]
             return {"lora": {"mmdit": init_lora(key, base, adapter.targets, adapter.rank)}}
         params = model.init(key, trained)
-        if config.get("aligned_heads"):
+        if config.get("aligned_heads") and not config.init_from:
             params["mmdit"] = aligned_heads(params["mmdit"], model.mmdit, config.aligned_heads)
         return params
 
@@ -254,12 +264,11 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
             rest = ("vae", "vl")
             placed = parallel.param_shardings(model.boxed(rest), None)
             trees |= source.parameters(model.abstract(rest), placed, config.dtype)
-        scanned = dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, scan=True, remat=None))
         if not model.mmdit.scan:
             trees["mmdit"] = stack_blocks(trees["mmdit"])
         if jax.process_index() == 0:
             source.write_tokenizer(folder / "tokenizer")
-        checkpoint.save_model(folder, scanned.to_manifest(), trees)
+        checkpoint.save_model(folder, scanned(model).to_manifest(), trees)
 
     def sampler(params: Any, frozen: Any, mesh: jax.sharding.Mesh, rules: Any) -> Callable:
         trees = {**frozen, **{name: params[name] for name in trained}}
@@ -354,6 +363,8 @@ def _start(
         parts[name] = dataclasses.replace(getattr(found, name), dtype=config.dtype, param_dtype=kind)
     if config.get("remat"):
         parts["mmdit"] = dataclasses.replace(parts["mmdit"], remat=config.remat)
+    if config.get("scan") is not None:
+        parts["mmdit"] = dataclasses.replace(parts["mmdit"], scan=config.scan)
     settings = {name: config[name] for name in ("vae_area", "condition_area", "conditioning") if config.get(name)}
     if config.get("prompt"):
         if config.prompt not in prompts.TEMPLATES:
@@ -452,6 +463,11 @@ def flow_loss(
         del parts["band"]
     channels = z0.shape[-1]
     return total / channels, {name: part / channels for name, part in parts.items()}
+
+
+def scanned(model: ModelConfig) -> ModelConfig:
+    """The same model with its MMDiT's blocks in one scan, nothing recomputed: what model folders hold."""
+    return dataclasses.replace(model, mmdit=dataclasses.replace(model.mmdit, scan=True, remat=None))
 
 
 def aligned_heads(params: Any, config: MMDiTConfig, frames: Sequence[int]) -> Any:

@@ -10,8 +10,9 @@ import pytest
 import records_toy
 import toy
 from PIL import Image
+from safetensors.numpy import load_file
 
-from refine_jax import checkpoint, conditioning, flow, loading, objectives, prompts, regenerate
+from refine_jax import checkpoint, conditioning, flow, loading, objectives, parallel, prompts, regenerate
 from refine_jax.cli import main
 from refine_jax.data import loader, world
 from refine_jax.errors import RefineError
@@ -462,6 +463,21 @@ def test_a_whole_model_is_trained_from_scratch_and_loads_back(base, tmp_path):
     # Training it further needs no switch: the model says it.
     again = configuration(folder, conditioning="", prompt="")
     assert objectives.make(again).model.pictures == conditioning.CONDITIONINGS["rvr"]
+
+
+def test_blocks_of_a_model_gone_on_from_need_not_be_scanned(base, tmp_path):
+    """One block after another starts from the same numbers, whatever a start from scratch would set, and is written
+    as it was read."""
+    objective = objectives.make(configuration(base, scan=False, aligned_heads=(0, 0)))
+    boxed = {"params": jax.eval_shape(objective.init, jax.random.key(0)), "frozen": objective.frozen}
+    placed = {name: parallel.param_shardings(tree, None) for name, tree in boxed.items()}
+    params = objective.initial(placed["params"])
+    assert "blocks_0" in params["mmdit"] and "blocks" not in params["mmdit"]
+    objective.export(params, objective.load(placed["frozen"]), tmp_path / "same")
+    before, after = (load_file(folder / checkpoint.WEIGHTS) for folder in (base, tmp_path / "same"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize(
