@@ -48,6 +48,19 @@ def to_latent_grid(x: Array, grid: tuple[int, int], method: Literal["area", "nea
     raise RefineError(f"method is {method!r}: give 'area', 'nearest' or 'max'")
 
 
+def label_loss(logits: Array, labels: Array, background: float = 0.1) -> jax.Array:
+    """Cross entropy of a label map whose first label is background: a scalar, float32.
+
+    `logits [B, N, K]`, `labels [B, N, K]`, non-negative, its sum over K is a cell's whole. A cell weighs as much as it
+    is not background, and `background` besides.
+    """
+    shares = jnp.asarray(labels, jnp.float32)
+    shares = shares / jnp.maximum(shares.sum(-1, keepdims=True), 1e-6)
+    entropy = -(shares * jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))).sum(-1)
+    weight = background + 1.0 - shares[..., 0]
+    return (weight * entropy).sum() / weight.sum()
+
+
 def boundary_weight(band: Array, alpha: float = 9.0) -> jax.Array:
     """1 + α·B, elementwise."""
     return 1.0 + alpha * jnp.asarray(band, jnp.float32)

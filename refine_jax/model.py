@@ -298,9 +298,13 @@ def velocity(
     context: conditioning.ImageTokens,
     text: jax.Array,
     text_mask: jax.Array,
-) -> jax.Array:
-    """The MMDiT's velocity of the packed noisy target `[B, N_t, 4C]` at `sigma [B]`: `[B, N_t, 4C] float32`."""
-    return MMDiT(model.mmdit).apply(
+    block: int | None = None,
+) -> Any:
+    """The MMDiT's velocity of the packed noisy target `[B, N_t, 4C]` at `sigma [B]`: `[B, N_t, 4C] float32`.
+
+    block: a number of a block that is not scanned; then (velocity, what it makes of the target's tokens `[B, N_t, D]`).
+    """
+    made = MMDiT(model.mmdit).apply(
         {"params": variables["mmdit"], "lora": lora.get("mmdit", {})},
         jnp.concatenate([target, context.tokens], axis=1),
         text,
@@ -310,4 +314,10 @@ def velocity(
         target_length=target.shape[1],
         image_mask=context.mask,
         text_mask=text_mask,
+        capture_intermediates=False if block is None else lambda module, _: module.name == f"blocks_{block}",
+        mutable=False if block is None else ["intermediates"],
     )
+    if block is None:
+        return made
+    (((_, image), _),) = made[1]["intermediates"][f"blocks_{block}"]["__call__"]
+    return made[0], image[:, : target.shape[1]]

@@ -209,6 +209,7 @@ def small_world(**changes: object) -> ml_collections.ConfigDict:
     config.lora = None
     config.train_encoder = True
     config.aligned_heads = (0, 0)  # two of four heads start with the neighbours
+    config.alignment = dict(block=2, weight=0.2)  # which shape, which letter is where
     config.dtype = "float32"
     config.instruction_dropout = 0.1
 
@@ -276,6 +277,7 @@ def small_world(**changes: object) -> ml_collections.ConfigDict:
         workers=1,
     )
     config.optimizer = muon(warmup=100)
+    config.optimizer.muon_exclude += "|alignment"
     config.mesh = dict(data=-1)
     config.rules = {}
     return _changed(config, changes)

@@ -137,3 +137,21 @@ def test_gradient_flows_only_through_the_prediction():
     grad = jax.grad(lambda p: losses.boundary_weighted_loss(p, target, band, region)[0])(pred)
     want = 2 * (pred - target) * (1 + 9 * band)[..., None] / band.size
     np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([jnp.uint8, jnp.float32]))
+def test_label_loss_is_least_where_the_shares_are_told(seed, dtype):
+    """Its least value is the shares' entropy; cells of nothing but background weigh a tenth; scale does not matter."""
+    rng = np.random.default_rng(seed)
+    shares = rng.multinomial(255, rng.dirichlet(np.ones(4), (2, 6))).astype(np.float64)
+    shares[0, 0] = (255, 0, 0, 0)
+    part = shares / 255
+    logs = np.log(np.maximum(part, 1e-30))
+    entropy, weight = -(part * logs).sum(-1), 1.1 - part[..., 0]
+    least = losses.label_loss(jnp.asarray(logs, jnp.float32), jnp.asarray(shares, dtype))
+    np.testing.assert_allclose(least, (entropy * weight).sum() / weight.sum(), rtol=1e-4)
+    other = losses.label_loss(jnp.asarray(logs + rng.normal(size=logs.shape), jnp.float32), jnp.asarray(shares, dtype))
+    assert other > least
+    flat = losses.label_loss(jnp.zeros((1, 2, 4)), jnp.asarray([[[0, 0, 0, 0], [0, 1, 0, 0]]], dtype))
+    np.testing.assert_allclose(flat, np.log(4) * 1.1 / 2.2, rtol=1e-5)

@@ -1,10 +1,12 @@
 """RvR conditioning on the MMDiT: tokens and no latents, in the one sampler, the one objective and the one trainer."""
 
+import contextlib
 import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 import records_toy
@@ -480,9 +482,52 @@ def test_blocks_of_a_model_gone_on_from_need_not_be_scanned(base, tmp_path):
         np.testing.assert_array_equal(after[name], value, err_msg=name)
 
 
+def test_features_learn_which_shape_is_where(base, tmp_path):
+    """Representation alignment: what a block makes of the noisy picture is told the label map. What reads the labels is
+    trained with the rest, kept over a resume, and no part of the result."""
+    config = configuration(base, scan=False, alignment=dict(block=1, weight=0.5), steps=4)
+    config.data.text_to_image = 1.0
+    assert objectives.make(config).batch_shapes()[0]["labels"].shape == (2, 8, 8, world.LABELS)
+    halfway = ml_collections.ConfigDict(config.to_dict() | dict(steps=2))
+    train(halfway, tmp_path / "run", progress=False)
+    folder = train(config, tmp_path / "run", progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        np.testing.assert_allclose(row["loss"], row["base"] + 0.5 * row["alignment"], rtol=1e-5)
+    np.testing.assert_allclose(rows[0]["alignment"], np.log(world.LABELS), rtol=1e-5)  # knows nothing yet
+    assert rows[-1]["alignment"] < rows[0]["alignment"]
+    before, after = (load_file(path / checkpoint.WEIGHTS) for path in (base, folder))
+    assert before.keys() == after.keys()
+
+    plain = objectives.make(configuration(base, scan=False))
+    with contextlib.closing(objectives.make(config).batches()) as batches:
+        batch = jax.tree.map(jnp.asarray, next(batches))
+    variables = toy.random_variables(plain.model)
+    head = {"kernel": jax.random.normal(jax.random.key(1), (16, 4 * world.LABELS)), "bias": jnp.zeros(4 * world.LABELS)}
+    error = lambda weight, where: objectives.flow_loss(
+        plain.model,
+        variables | {"alignment": head},
+        {},
+        objectives.encode(plain.model, variables, batch, None),
+        jax.random.key(0),
+        SIGMA,
+        0.0,
+        dict(block=where, weight=weight),
+    )
+    told = jax.jit(error, static_argnums=1)
+    (total, parts), (_, others) = told(2.0, 0), told(2.0, 1)
+    np.testing.assert_allclose(total, parts["base"] + 2.0 * parts["alignment"], rtol=1e-5)
+    assert abs(parts["alignment"] - others["alignment"]) > 1e-3
+
+
 @pytest.mark.parametrize(
     "changes,words",
     [
+        (dict(alignment=dict(block=1, weight=0.5)), ("alignment.block 1", "scan=False")),
+        (dict(alignment=dict(block=9, weight=0.5), scan=False), ("alignment.block 9", "0 to 1")),
+        (dict(alignment=dict(block=1, weight=0.5), lora=LORA), ("alignment", "LoRA")),
+        (dict(alignment=dict(weight=0.5), scan=False), ("block",)),
         (dict(prompt=""), ("conditioning 'rvr'", "set prompt", "rvr-training")),
         (dict(prompt="rvr"), ("prompt 'rvr'", "rvr-inference")),
         (dict(conditioning="both"), ("conditioning 'both'", "choose one of refine, rvr")),

@@ -395,3 +395,27 @@ def test_scores_are_shares_with_wilsons_intervals():
     text = world.table({"initial": rows, "round 1": world.scores([right] * 10, ["en"] * 10)})
     assert "| all | 10 | 80.0 (49.0–94.3) | 100.0 (72.2–100.0) |" in text
     assert "text" not in text and "nan" not in text and "| zh | 5 | 80.0 (37.6–96.4) | – |" in text
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([8, 16, 24]))
+def test_labels_say_what_lies_where(seed, cells):
+    """Their whole is a cell; a shape's share is its area, a letter's that of its box; what is nowhere has none."""
+    scene = world.sample(seed, 0)["scene"]
+    labels = world.labels(scene, cells)
+    assert labels.shape == (cells, cells, world.LABELS) and labels.dtype == np.uint8
+    assert np.abs(labels.astype(int).sum(-1) - 255).max() <= 3  # rounded one by one
+    areas = labels.sum((0, 1)) / 255 / cells**2
+    names = (None, *world.SHAPES, *world.LETTERS)
+    for name, area in zip(names[1:], areas[1:]):
+        radii = [item.radius for item in scene.items if item.shape == name]
+        box = scene.text.count(name) * 35 * scene.cell**2 if name in world.LETTERS else 0.0
+        filled = {"circle": math.pi, "square": 3.24, "ring": math.pi * (1.05**2 - 0.52**2)}.get(name)
+        if filled or not radii:
+            np.testing.assert_allclose(area, box + sum(filled * r * r for r in radii), rtol=0.1, atol=2e-3)
+        else:
+            assert sum(r * r for r in radii) < area < sum(4 * r * r for r in radii)
+    for item in scene.items:
+        if item.shape != "ring":
+            at = labels[int(item.y * cells), int(item.x * cells)]
+            assert names[int(at[1:].argmax()) + 1] == item.shape

@@ -184,6 +184,8 @@ def refine_batches(
 
 
 WORLD_PAIRS = ("regenerate", "edit", "reconstruct")
+# Pixels a side of a cell of `world.labels`.
+LABEL_CELL = 4
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ class _World:
     order: tuple[Size, ...]
     split: str
     pairs: str
+    labels: bool
 
     def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
         side = self.order[step % len(self.order)][0]
@@ -201,11 +204,12 @@ class _World:
         text = pair["prompt"]
         if self.pairs == "edit":
             text = world.edit_instruction(text, pair["language"], pair["wrong"])
-        return {
+        made = {
             "image": pair["image" if self.pairs == "reconstruct" else "misaligned_image"],
             "target": pair["image"],
             "instruction": encode_instruction(text, _WORLD_BYTES),
         }
+        return made | ({"labels": world.labels(pair["scene"], side // LABEL_CELL)} if self.labels else {})
 
 
 def world_batches(
@@ -216,6 +220,7 @@ def world_batches(
     *,
     weights: Sequence[float] | None = None,
     pairs: str = WORLD_PAIRS[0],
+    labels: bool = False,
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
@@ -227,7 +232,8 @@ def world_batches(
     prompt}. Buckets alternate by `weights` (default: equal ones). pairs: "regenerate"; "edit", the ablation of RvR's
     paper: every misaligned picture is the aligned one with faults, and the instruction names them
     (`world.edit_instruction`); "reconstruct": the aligned picture in place of the misaligned one, which teaches an
-    encoder to see. Raises RefineError for other pairs and for a bucket that is not square.
+    encoder to see. labels: `labels [b, h/4, h/4, world.LABELS] uint8` of the targets too (`world.labels`). Raises
+    RefineError for other pairs and for a bucket that is not square.
     """
     if pairs not in WORLD_PAIRS:
         raise RefineError(f"data.pairs {pairs!r}: choose one of {', '.join(WORLD_PAIRS)}")
@@ -235,7 +241,7 @@ def world_batches(
     for bucket in buckets:
         if len(bucket) != 2 or bucket[0] != bucket[1]:
             raise RefineError(f"data.buckets: the world's pictures are square, got {bucket}; give (side, side)")
-    make = _World(seed, batch_size, schedule(buckets, weights or [1.0] * len(buckets)), split, pairs)
+    make = _World(seed, batch_size, schedule(buckets, weights or [1.0] * len(buckets)), split, pairs, labels)
     return Batches(
         make, batch_size, start=start, process_index=process_index, process_count=process_count, workers=workers
     )

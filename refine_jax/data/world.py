@@ -20,7 +20,7 @@ import numpy as np
 
 from refine_jax.data.world_check import Report, check, judge, observe
 from refine_jax.data.world_read import Observation, Seen, read
-from refine_jax.data.world_scene import Item, Scene, arrange, fits, render
+from refine_jax.data.world_scene import LABELS, Item, Scene, arrange, fits, labels, render
 from refine_jax.data.world_spec import (
     COLOURS,
     DIMENSIONS,
@@ -44,10 +44,10 @@ from refine_jax.data.world_words import LANGUAGES, edit_instruction, prompt
 from refine_jax.errors import RefineError
 
 __all__ = [
-    "COLOURS", "DIMENSIONS", "LANGUAGES", "LETTERS", "PLACES", "RELATIONS", "SHAPES", "SIZES", "SPLITS",
+    "COLOURS", "DIMENSIONS", "LABELS", "LANGUAGES", "LETTERS", "PLACES", "RELATIONS", "SHAPES", "SIZES", "SPLITS",
     "Group", "Item", "Observation", "Part", "Report", "Scene", "Seen", "Spec",
-    "check", "compose", "edit_instruction", "judge", "misalign", "observe", "prompt", "read", "render", "sample",
-    "scores", "table", "wordings",
+    "check", "compose", "edit_instruction", "judge", "labels", "misalign", "observe", "prompt", "read", "render",
+    "sample", "scores", "table", "wordings",
 ]  # fmt: skip
 
 # No prompt is longer, in UTF-8.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from refine_jax.data.world_spec import Rng, pick
+from refine_jax.data.world_spec import LETTERS, SHAPES, Rng, pick
 from refine_jax.errors import RefineError
 
 # Hue in degrees, saturation, value of each of COLOURS as drawn.
@@ -264,6 +264,33 @@ def bitmap(text: str) -> np.ndarray:
     """[7, 6 n - 1] float64, 0 or 1: the dots of n letters, one empty column between two. Shared: do not modify."""
     rows = (".".join(GLYPHS[letter][row] for letter in text) for row in range(7))
     return np.array([[dot == "#" for dot in row] for row in rows], np.float64)
+
+
+LABELS = 1 + len(SHAPES) + len(LETTERS)  # background, SHAPES, LETTERS
+
+
+def labels(scene: Scene, cells: int = 16) -> np.ndarray:
+    """What share (of 255) of each cell of the picture is background, each shape, each letter.
+
+    [cells, cells, LABELS] uint8. A letter counts with the whole box of its dots; the hole of a ring is background.
+    """
+    fine = 4  # subdivisions of a cell per axis
+    side = fine * cells
+    shares = np.zeros((cells, cells, LABELS), np.float32)
+    for item in scene.items:
+        alpha, left, top = cover(item.shape, item.x * side, item.y * side, item.radius * side, item.angle)
+        plane = np.zeros((side, side), np.float32)
+        x1, y1 = max(0, left), max(0, top)
+        x2, y2 = min(side, left + alpha.shape[1]), min(side, top + alpha.shape[0])
+        plane[y1:y2, x1:x2] = alpha[y1 - top : y2 - top, x1 - left : x2 - left]
+        shares[..., 1 + SHAPES.index(item.shape)] += plane.reshape(cells, fine, cells, fine).mean((1, 3))
+    dot = scene.cell * cells
+    for number, letter in enumerate(scene.text):
+        down = overlap(scene.text_y * cells, 7 * dot, 1, cells)
+        across = overlap(scene.text_x * cells + 6 * dot * number, 5 * dot, 1, cells)
+        shares[..., 1 + len(SHAPES) + LETTERS.index(letter)] += (down @ across.T).astype(np.float32)
+    shares[..., 0] = np.maximum(0.0, 1.0 - shares.sum(-1))
+    return (np.minimum(shares, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
 def render(scene: Scene, size: int = 64) -> np.ndarray:
