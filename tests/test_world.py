@@ -78,7 +78,7 @@ def test_letters_are_read_wherever_they_lie_between_pixels(seed):
     rng = np.random.default_rng(seed)
     for _ in range(12):
         text = "".join(rng.choice(list(world.LETTERS), rng.integers(1, 5)))
-        x, y, cell = rng.uniform(0.04, 0.06), rng.uniform(0.04, 0.7), rng.uniform(0.033, 0.0385)
+        x, y, cell = rng.uniform(0.04, 0.06), rng.uniform(0.04, 0.7), rng.uniform(0.031, 0.0385)
         scene = Scene((), text, "top", x, y, cell, seed=int(rng.integers(2**31)))
         assert world.read(world.render(scene)).text == text
 

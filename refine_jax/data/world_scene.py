@@ -72,6 +72,11 @@ class Scene:
 
 # ---------------------------------------------------------------------------------------------- where things are
 
+# Shapes' centres and the letters' left edge lie on multiples of 1/16 of the side, so that a tiny network can learn to
+# draw them: a shape then lies in few ways across the cells of the latents.
+_LATTICE = 16
+_CELL = 1 / 32  # side of a letter's dot
+_EDGE = 1 / 16  # between letters and the border
 _MARGIN = 0.025  # between a shape and the border
 _GAP = 0.045  # between two shapes
 _AROUND_TEXT = 0.02  # besides _MARGIN, between a shape and letters
@@ -94,6 +99,12 @@ def _apart(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool
     return max(abs(a[0] - b[0]), abs(a[1] - b[1])) >= a[2] + b[2] + _GAP - 2 * _MARGIN
 
 
+def _on_lattice(rng: Rng, low: float, high: float) -> float | None:
+    """A multiple of 1/_LATTICE from low to high; None where there is none."""
+    first, last = math.ceil(low * _LATTICE - 1e-9), math.floor(high * _LATTICE + 1e-9)
+    return (first + int(rng.random() * (last - first + 1))) / _LATTICE if first <= last else None
+
+
 def arrange(
     rng: Rng,
     items: tuple[Item, ...],
@@ -102,17 +113,16 @@ def arrange(
     text: str = "",
     text_place: str | None = None,
 ) -> Scene | None:
-    """Items (their looks only) at random places, none closer to another than a gap; None when they found no room."""
+    """Items (their looks only) at random places of the lattice, none closer to another than a gap; None when they found
+    no room."""
     low, high = 0.0, 1.0
     text_place = text_place or pick(rng, ("top", "bottom"))
     corner = (0.0, 0.0, 0.0)
     if text:
-        cell = rng.uniform(0.033, 0.0385)
-        width, height = (6 * len(text) - 1) * cell, 7 * cell
-        edge = rng.uniform(0.045, 0.06)
-        x = rng.uniform(0.045, 0.955 - width)
-        corner = (x, edge if text_place == "top" else 1.0 - edge - height, cell)
-        end = edge + height + _AROUND_TEXT
+        width, height = (6 * len(text) - 1) * _CELL, 7 * _CELL
+        x = _on_lattice(rng, _EDGE, 1.0 - _EDGE - width)
+        corner = (x, _EDGE if text_place == "top" else 1.0 - _EDGE - height, _CELL)
+        end = _EDGE + height + _AROUND_TEXT
         low, high = (end, 1.0) if text_place == "top" else (0.0, 1.0 - end)
     split = rng.uniform(0.35, 0.65)
     placed, boxes = [], []
@@ -127,10 +137,10 @@ def arrange(
             limits[axis] = [0.0, at] if first else [at, 1.0]
         (x1, x2), (y1, y2) = limits
         x1, x2, y1, y2 = max(x1, reach), min(x2, 1.0 - reach), max(y1, low + reach), min(y2, high - reach)
-        if x1 > x2 or y1 > y2:
-            return None
         for _ in range(24):
-            x, y = x1 + rng.random() * (x2 - x1), y1 + rng.random() * (y2 - y1)
+            x, y = _on_lattice(rng, x1, x2), _on_lattice(rng, y1, y2)
+            if x is None or y is None:
+                return None
             if all(_apart((x, y, reach), box) for box in boxes):
                 break
         else:
