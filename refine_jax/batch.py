@@ -28,7 +28,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -48,7 +48,7 @@ from refine_jax.regenerate import Regenerator
 DONE, REFUSED, FAILED = "done", "refused", "failed"
 _AHEAD = 2  # batches decoded before they are needed
 _WAITING = 64  # batches' worth of rows that may wait in queues for others of their bucket
-_PIXELS = 200_000_000  # of pictures that may wait there
+_PIXELS = 200_000_000  # of pictures that may wait there, and of decoded ones that may wait before them
 _FAILURES = 3  # batches in a row, and the run stops
 _PARTS = 32  # of 64 KiB, of a large file that are looked at to tell it from others
 
@@ -230,7 +230,7 @@ class Scheduler:
         ahead: collections.deque[tuple[Request | Refused, Future | None]] = collections.deque()
         exhausted = False
         while not self._stop.is_set():
-            while not exhausted and len(ahead) < _AHEAD * self._batch_size:
+            while not exhausted and (not ahead or self._room(ahead)):
                 request = next(requests, None)
                 if request is None:
                     exhausted = True
@@ -257,6 +257,14 @@ class Scheduler:
                 future.cancel()
         while self._queues and not self._stop.is_set():
             self._dispatch(next(iter(self._queues)))
+
+    def _room(self, ahead: Collection[tuple[Request | Refused, Future | None]]) -> bool:
+        """Whether another request may be decoded: neither too many are, nor, as few are at work, too large ones."""
+        futures = [future for _, future in ahead if future is not None]
+        made = [future for future in futures if future.done()]
+        pixels = sum(future.result().job.pixels for future in made if future.exception() is None)
+        busy = len(futures) - len(made)
+        return len(ahead) < _AHEAD * self._batch_size and busy < 2 * self._workers and pixels < _PIXELS
 
     def _decode(self, request: Request) -> _Task:
         door = self._doors[request.task]()

@@ -102,6 +102,28 @@ def test_pictures_that_wait_have_a_bound():
     assert [base for base, _ in door.launched] == list(range(9)), "the oldest goes first"
 
 
+@pytest.mark.parametrize(("share", "most"), [(2, 2 + 2 * 2 + 1), (1000, 2 * 16)])
+def test_decoded_pictures_that_wait_have_a_bound(share, most):
+    """As many as two batches are decoded ahead, but fewer large ones: those that fill the memory, and those at work."""
+    asked = 200
+    requests = [request(k, rows=[(k % 3, 1)], pixels=batch._PIXELS // share) for k in range(asked)]
+    door = PlainDoor(16)
+    read, ahead = [], []
+    decode, door.read = door.read, lambda **arguments: (read.append(1), decode(**arguments))[1]
+    scheduler = batch.Scheduler({"refine": lambda: door}, lambda *_: None, lambda *_: None, batch_size=16, workers=2)
+    add = scheduler._add
+
+    def watched(task):
+        time.sleep(0.001)  # the decoders get ahead
+        ahead.append(len(read) - len(ahead))
+        add(task)
+
+    scheduler._add = watched
+    scheduler.run(iter(requests))
+    assert scheduler.summary.rows == asked == len(ahead)
+    assert max(ahead) <= most + 1 and (share == 2 or max(ahead) > 10)
+
+
 def test_what_is_wrong_with_one_request_is_its_own():
     requests = [request(k, rows=[("a", k)]) for k in range(6)]
     requests[2] = request(2, rows=[], broken="no such file")
