@@ -3,7 +3,7 @@
     refine-jax batch --config configs/batch_2511_v6e_4.py --manifest requests.jsonl --output-dir results
 
 A picture a chip; weights are split over all of them and gathered block by block.
-The program is that of batch_2511_v6e_8 but for the mesh; it was not compiled for this slice.
+By the compiler: 16.6 of 32 GiB a chip, a batch takes 3.99 s or more, 1.0 picture a second (docs/pods.md).
 """
 
 import ml_collections
