@@ -709,6 +709,7 @@ def _identity(model: str) -> str:
         return str(model)
     digest = hashlib.sha256()
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
+    files = [path for path in files if folder / executables.BESIDE not in path.parents]
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder.parent)} {size}\n".encode())

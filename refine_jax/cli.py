@@ -201,8 +201,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         "compile",
         allow_abbrev=False,
         help="compile the programs of a batch ahead, for this machine's devices",
-        description="Write the executables that the requests of a manifest need to a folder, which `refine-jax batch "
-        "--executables` reads on machines of the same kind. No weights are read.",
+        description="Write the executables that the requests of a manifest need to a folder, by default beside the "
+        "model, which `refine-jax batch --executables` reads on machines of the same kind. No weights are read.",
     )
     compiling.add_argument("--manifest", metavar="F.jsonl", required=True, help="requests like those to come")
     for command_ in (batch, compiling):
@@ -215,7 +215,13 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         command_.add_argument("--batch-size", metavar="N", type=_positive, help="rows of every program")
         command_.add_argument("--dtype", choices=("float32", "bfloat16"))
         command_.add_argument("--quantize", choices=("int8",), help="keep large matrices in 8 bits")
-        command_.add_argument("--executables", metavar="DIR", help="folder of `refine-jax compile`; its files are code")
+        command_.add_argument(
+            "--executables",
+            metavar="DIR",
+            help="folder of `refine-jax compile`, by default `executables` in the model's folder; its files are code"
+            if command_ is compiling
+            else "folder that `refine-jax compile` wrote; its files are code",
+        )
         command_.add_argument("--quiet", action="store_true", help="no progress bar")
     batch.add_argument(
         "--cache", metavar="DIR|none", help="where compiled programs are kept (default: in the user's cache folder)"
@@ -469,14 +475,17 @@ def _check(args: argparse.Namespace) -> int:
 
 def _compile(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     config = _batch_config(args, overrides)
-    if not args.executables:
-        raise RefineError("compile: give --executables, the folder to write")
-
     from refine_jax import batch, executables
 
-    store = executables.Store(args.executables, write=True, dry=True)
+    folder = args.executables
+    if not folder:  # beside the checkpoint
+        local = [name for name in (config.model, config.regenerator) if Path(name).is_dir()]
+        if not local:
+            raise RefineError("compile: give --executables, the folder to write; no model here is a folder")
+        folder = Path(local[0]) / executables.BESIDE
+    store = executables.Store(folder, write=True, dry=True)
     programs = batch.compile_ahead(config, args.manifest, store, root=args.root, progress=not args.quiet)
-    print(f"wrote {store.counts.compiled} executables to {args.executables}; {programs} programs serve these requests")
+    print(f"wrote {store.counts.compiled} executables to {folder}; {programs} programs serve these requests")
 
 
 def _overrides(command: str, rest: list[str]) -> dict[str, str]:

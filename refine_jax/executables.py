@@ -31,6 +31,8 @@ from refine_jax import __version__
 from refine_jax.errors import RefineError
 
 SUFFIX = ".executable"
+# Beside a model's weights, where `refine-jax compile` writes unless told otherwise.
+BESIDE = "executables"
 _log = logging.getLogger(__name__)
 
 

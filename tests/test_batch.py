@@ -4,6 +4,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -277,25 +279,37 @@ def test_bad_requests_are_recorded_and_hinder_nobody(models, finished, tmp_path,
     assert "8 requests, 4 refused" in capsys.readouterr().out, "what pixels and tokens tell is not seen by headers"
 
 
-def test_executables_written_ahead_are_used(models, finished, tmp_path, caplog):
+def test_executables_written_ahead_are_used(models, finished, tmp_path, caplog, capsys):
     manifest, output, summary = finished
+    model = shutil.copytree(models[0], tmp_path / "model")
     few = manifest.parent / "few.jsonl"
     few.write_text("\n".join(manifest.read_text().splitlines()[:1] + manifest.read_text().splitlines()[3:9]))
-    store = executables.Store(tmp_path / "made", write=True, dry=True)
-    count = batch.compile_ahead(settings(models), few, store, progress=False)
-    assert 2 < count < store.counts.compiled == len(list((tmp_path / "made").iterdir()))
+    command = arguments((model, models[1]), few, tmp_path / "out")
+    assert cli.main(["compile", *command[1:3], *command[5:]]) == 0
+    made = model / executables.BESIDE
+    said = capsys.readouterr().out
+    written, programs = (int(number) for number in re.findall(r"\d+ (?=executables to|programs)", said))
+    assert 2 < programs < written == len(list(made.iterdir())), "beside the model"
 
-    warm = executables.Store(tmp_path / "made")
-    summary = batch.run(settings(models), few, tmp_path / "out", store=warm, progress=False)
-    assert summary.done == 7 and warm.counts.compiled == 0 and warm.counts.loaded == store.counts.compiled
+    warm = executables.Store(made)
+    summary = batch.run(settings((model, models[1])), few, tmp_path / "out", store=warm, progress=False)
+    assert summary.done == 7 and warm.counts.compiled == 0 and warm.counts.loaded == written
     assert results(tmp_path / "out").items() <= results(output).items()
 
-    for path in (tmp_path / "made").iterdir():
+    kept = shutil.move(made, tmp_path / "kept")
+    assert cli.main(command) == 0, "the model is the same one without them"
+    for path in kept.iterdir():
         path.write_bytes(path.read_bytes()[:-50])
-    worn = executables.Store(tmp_path / "made")
+    worn = executables.Store(kept)
     summary = batch.run(settings(models), few, tmp_path / "again", store=worn, progress=False)
-    assert summary.done == 7 and worn.counts.refused == store.counts.compiled and "damaged" in caplog.text
+    assert summary.done == 7 and worn.counts.refused == written and "damaged" in caplog.text
     assert results(tmp_path / "again") == results(tmp_path / "out")
+
+
+def test_compile_wants_to_know_where(finished, capsys):
+    manifest, *_ = finished
+    assert cli.main(["compile", "--manifest", str(manifest)]) == 2
+    assert "give --executables" in capsys.readouterr().err
 
 
 def test_processes_share_a_manifest_and_a_lost_one_is_made_up_for(models, finished, cache, tmp_path):
