@@ -142,8 +142,8 @@ def speed(args: argparse.Namespace, manifest: Path, root: Path) -> None:
     print(f"speed with compilation: batch {len(requests) / first.total_seconds:.2f} results/s")
 
 
-def write_medium(folder: Path, side: int) -> Path:
-    """A model folder of the bundled model's kind, of medium width, with random weights, for crops of `side`²."""
+def write_medium(folder: Path, side: int, steps: int) -> Path:
+    """A model folder of the bundled model's kind, of medium width, with random weights, for crops of `side`² in `steps` steps."""
     manifest = checkpoint.read_manifest(loading.resolve("tiny"))
     wide = dict(num_layers=8, num_attention_heads=8, attention_head_dim=96, joint_attention_dim=768)
     manifest["mmdit"] |= wide | dict(axes_dims_rope=[16, 40, 40])
@@ -151,7 +151,7 @@ def write_medium(folder: Path, side: int) -> Path:
     manifest["vl"]["text"] |= dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=6)
     manifest["vl"]["text"]["mrope_section"] = [16, 24, 24]
     manifest["vl"]["vision"] |= dict(depth=4, hidden_size=384, intermediate_size=1024, num_heads=6, out_hidden_size=768)
-    manifest |= dict(vae_area=side**2, condition_area=112**2, steps=1)
+    manifest |= dict(vae_area=side**2, condition_area=112**2, steps=steps)
     model = ModelConfig.from_manifest(manifest)
     rng = np.random.default_rng(0)
 
@@ -172,7 +172,7 @@ def start(args: argparse.Namespace, manifest: Path, root: Path) -> None:
     command = [sys.executable, "-m", "refine_jax"]
     settings = ["--manifest", str(manifest), "--batch-size", str(args.batch_size), "--quiet"]
     if args.model:
-        settings += ["--model", str(write_medium(root / "medium", args.side) if args.model == "medium" else args.model)]
+        settings += ["--model", str(write_medium(root / "medium", args.side, args.steps) if args.model == "medium" else args.model)]
 
     def first_result(name: str, folder: Path | None, *more: str, whole: bool = False) -> float:
         output, kept = root / name, ["--cache", str(folder or "none")]
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--regenerator", help="folder of a model that regenerates: adds requests for it")
     parser.add_argument("--model", help="start: a folder, or `medium`: random weights, 0.2 billion")
     parser.add_argument("--side", type=int, default=96, help="start: of a crop of the medium model, in pixels")
+    parser.add_argument("--steps", type=int, default=1, help="start: of the medium model")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
