@@ -143,7 +143,7 @@ def speed(args: argparse.Namespace, manifest: Path, root: Path) -> None:
 
 
 def write_medium(folder: Path, side: int, steps: int) -> Path:
-    """A model folder of the bundled model's kind, of medium width, with random weights, for crops of `side`² in `steps` steps."""
+    """A model folder of the bundled model's kind, medium wide, with random weights; `steps` steps, crops of `side`²."""
     manifest = checkpoint.read_manifest(loading.resolve("tiny"))
     wide = dict(num_layers=8, num_attention_heads=8, attention_head_dim=96, joint_attention_dim=768)
     manifest["mmdit"] |= wide | dict(axes_dims_rope=[16, 40, 40])
@@ -172,7 +172,8 @@ def start(args: argparse.Namespace, manifest: Path, root: Path) -> None:
     command = [sys.executable, "-m", "refine_jax"]
     settings = ["--manifest", str(manifest), "--batch-size", str(args.batch_size), "--quiet"]
     if args.model:
-        settings += ["--model", str(write_medium(root / "medium", args.side, args.steps) if args.model == "medium" else args.model)]
+        medium = args.model == "medium"
+        settings += ["--model", str(write_medium(root / "medium", args.side, args.steps) if medium else args.model)]
 
     def first_result(name: str, folder: Path | None, *more: str, whole: bool = False) -> float:
         output, kept = root / name, ["--cache", str(folder or "none")]
