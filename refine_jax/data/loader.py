@@ -1,7 +1,7 @@
 """Batches for the trainer, of procedural pairs or of a dataset's: deterministic in (seed, step), sharded, resumable.
 
-An iterator's state is its position alone ({"step": n}), so a run may be resumed with another number of worker
-processes and still sees the same pairs in the same order; a global batch does not depend on the number of hosts.
+An iterator's state is its position alone ({"step": n}), so a run may be resumed with another number of workers and
+still sees the same pairs in the same order; a global batch does not depend on the number of hosts.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +23,7 @@ Size = tuple[int, int]
 INSTRUCTION_BYTES = 96
 _WORLD_BYTES = 256
 _COPIED = 1 << 20  # bytes
+_AHEAD = 2  # batches that a worker makes before they are asked for
 
 
 def encode_instruction(text: str, width: int = INSTRUCTION_BYTES) -> np.ndarray:
@@ -57,7 +58,9 @@ class Batches(grain.DatasetIterator):
     Args:
       make: (step, row in the global batch) -> dict of arrays; picklable when there are workers.
       batch_size: global; each of `process_count` hosts yields its equal share of the rows, in order of host.
-      workers: processes that make rows; 0 makes them in this process.
+      workers: processes, or threads, that make batches; 0 makes each when it is asked for.
+      threads: workers are threads of this process, for rows whose work goes on without Python's lock, as decoding and
+        resizing do: what a process makes is copied into new shared memory, an eighth of the time of such rows.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Batches(grain.DatasetIterator):
         process_index: int = 0,
         process_count: int = 1,
         workers: int = 0,
+        threads: bool = False,
     ):
         self._source = None
         super().__init__()
@@ -79,23 +83,27 @@ class Batches(grain.DatasetIterator):
         self._rows = batch_size // process_count
         self._first = process_index * self._rows
         self._make, self._workers = make, workers
+        self._threads = threads and workers > 0
+        self._processes = workers if not threads else 0
         self._step = int(start)
 
     def _build(self):
         steps = grain.MapDataset.range(self._step, 2**62)
         batches = steps.map(partial(_stack, self._make, self._rows, self._first))
-        data = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        if self._workers:
+        ahead = dict(num_threads=self._workers, prefetch_buffer_size=_AHEAD * self._workers)
+        data = batches.to_iter_dataset(grain.ReadOptions(**ahead if self._threads else dict.fromkeys(ahead, 0)))
+        if self._processes:
             if not flags.FLAGS.is_parsed():  # grain reads its own absl flags when it starts workers
                 flags.FLAGS.mark_as_parsed()
-            data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
+            how = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=_AHEAD)
+            data = data.mp_prefetch(how)
         return iter(data)
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._source is None:
             self._source = self._build()
         batch = next(self._source)
-        if self._workers:
+        if self._processes:
             # A large array stays in the memory that it shares with the worker, which lasts as long as the array does. A
             # small one is copied out of it: each holds an open file.
             batch = {name: (np.array if value.nbytes < _COPIED else np.asarray)(value) for name, value in batch.items()}
@@ -112,7 +120,7 @@ class Batches(grain.DatasetIterator):
         self._step = int(state["step"])
 
     def close_workers(self) -> None:
-        """Ends the worker processes; the next batch starts new ones."""
+        """Ends the workers; the next batch starts new ones."""
         if self._source is not None:
             self._source.close()
         self._source = None
@@ -363,7 +371,7 @@ class RecordBatches(Batches):
     """Batches of a dataset's records; `corrupt` collects those that this host had to leave out."""
 
     def __init__(self, make: _Records, batch_size: int, max_corrupt: float, **hosts):
-        super().__init__(make, batch_size, **hosts)
+        super().__init__(make, batch_size, threads=True, **hosts)
         total = len(make.dataset)
         self._limit = int(max_corrupt * total) if max_corrupt < 1 else int(max_corrupt)
         self.corrupt: set[int] = set()

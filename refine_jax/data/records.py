@@ -33,6 +33,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -168,7 +169,8 @@ def open_picture(data: bytes, size: tuple[int, int], name: str) -> Image.Image:
 
 
 class Shards:
-    """A folder of shards with an index, open for random access; picklable, each process opens what it reads.
+    """A folder of shards with an index, open for random access by several threads; picklable, each process opens what
+    it reads.
 
     Opening checks that all is there and whole, as far as names, sizes, counts and the index's checksum tell. Raises
     `RefineError`, naming the file and the remedy.
@@ -182,6 +184,7 @@ class Shards:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder, self.format, self.version)
         self._readers: OrderedDict[int, ArrayRecordReader] = OrderedDict()
+        self._lock = threading.Lock()
         shards = self.manifest["shards"]
         self.files = [self.folder / SHARDS / shard["file"] for shard in shards]
         self._ends = np.cumsum([shard["records"] for shard in shards])
@@ -203,10 +206,11 @@ class Shards:
         return index
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": OrderedDict(), "index": None}
+        return {**self.__dict__, "_readers": OrderedDict(), "_lock": None, "index": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._lock = threading.Lock()
         self.index = np.load(self.folder / INDEX, mmap_mode="r")  # checked where the dataset was opened
 
     def __len__(self) -> int:
@@ -233,10 +237,11 @@ class Shards:
         return CorruptRecord(f"{path}: record {position}: {' '.join(str(error).split())[:300]}")
 
     def _reader(self, shard: int) -> ArrayRecordReader:
-        reader = self._readers.pop(shard, None) or _open_shard(self.files[shard])
-        self._readers[shard] = reader
-        if len(self._readers) > _OPEN_SHARDS:
-            self._readers.popitem(last=False)[1].close()
+        with self._lock:
+            reader = self._readers.pop(shard, None) or _open_shard(self.files[shard])
+            self._readers[shard] = reader
+            if len(self._readers) > _OPEN_SHARDS:
+                self._readers.popitem(last=False)  # closed when no thread reads it any more
         return reader
 
 
