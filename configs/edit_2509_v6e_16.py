@@ -6,7 +6,7 @@ r"""The paper's LoRA on Qwen-Image-Edit-2509 (the paper's base model), on a v6e-
         --config.data.path=caches/DIGITS
 
 Two chips share a sample: its tokens are split, keys and values gathered.
-By the compiler: 12.8 of 32 GiB a chip (40 %), a step takes 0.80 s or more, MFU 80 % at most (docs/pods.md).
+By the compiler: 12.8 of 32 GiB a chip (40 %), a step takes 0.80 s or more, MFU 81 % at most (docs/pods.md).
 """
 
 import ml_collections

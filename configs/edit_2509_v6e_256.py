@@ -8,7 +8,7 @@ r"""The paper's LoRA on Qwen-Image-Edit-2509 (the paper's base model), on a v6e-
 Batch 128, not the paper's 8: eight samples cannot feed 256 chips. 1250 steps show as many samples as the paper's
 20 000; the learning rate grows with the square root of the batch, 2e-4 to 8e-4, after 50 steps of warm-up. That rule is
 AdamW's usual one and has not been tried here: to repeat the paper's own run take edit_2509_v6e_16.
-By the compiler: 10.7 of 32 GiB a chip (33 %), a step takes 0.80 s or more, MFU 80 % at most (docs/pods.md).
+By the compiler: 10.7 of 32 GiB a chip (33 %), a step takes 0.80 s or more, MFU 81 % at most (docs/pods.md).
 """
 
 import ml_collections

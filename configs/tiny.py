@@ -3,9 +3,9 @@
     refine-jax train --config configs/tiny_vae.py --workdir runs/tiny_vae
     refine-jax train --config configs/tiny.py --workdir runs/tiny --config.vae_from=runs/tiny_vae/model
 
-Hardware: two CPU cores, 1.9 s a step, 3.7 hours. Result: velocity error a channel 0.82, 0.62, 0.54, 0.48, 0.44 after
-100, 700, 2100, 3800, 7000 steps; docs/tiny.md has the held-out figures. refine_jax/assets/tiny was made with this in
-three sittings, the learning rate decayed to 0 at step 3800 too.
+Hardware: two CPU cores, 2.3 s a step beside other work, 4.4 hours. Result: velocity error a channel 0.82, 0.62, 0.54,
+0.48, 0.44 after 100, 700, 2100, 3800, 7000 steps; docs/tiny.md has the held-out figures. refine_jax/assets/tiny was
+made with this in three sittings, the learning rate decayed to 0 at step 3800 too.
 """
 
 import ml_collections

@@ -7,8 +7,8 @@
 set -euo pipefail
 shopt -s inherit_errexit
 
-# The exit codes of `refine-jax train`.
-readonly FAILED=1 BAD_INPUT=2 PREEMPTED=75
+# The exit codes of `refine-jax train`, and of a batch that is finished but for some requests.
+readonly FAILED=1 BAD_INPUT=2 PARTLY=3 PREEMPTED=75
 
 DRY_RUN=0
 CONFIG=${LAUNCH_CONFIG:-}
@@ -139,13 +139,14 @@ verdict() {
       "$PREEMPTED") worst=$PREEMPTED ;;
       0) ;;
       "$FAILED") ((worst == PREEMPTED)) || worst=$FAILED ;;
+      "$PARTLY") ((worst)) || worst=$PARTLY ;;
       *) ((worst == PREEMPTED || worst == FAILED)) || worst=$code ;;
     esac
   done
   case $worst in
     0) printf 'done' ;;
     "$PREEMPTED") printf 'again' ;;
-    "$FAILED") printf 'stop %s' "$FAILED" ;;
+    "$FAILED" | "$PARTLY") printf 'stop %s' "$worst" ;;
     *) printf 'crash %s' "$worst" ;;
   esac
 }

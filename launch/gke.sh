@@ -180,7 +180,7 @@ spec:
   failurePolicy:
     maxRestarts: $MAX_RESTARTS
     rules:
-    # Exit codes 1 and 2, by the Job's policy below: to run again would not help.
+    # Exit codes 1, 2 and 3, by the Job's policy below: to run again would not help.
     - name: stop
       action: FailJobSet
       onJobFailureReasons: [PodFailurePolicy]
@@ -204,7 +204,7 @@ spec:
             onExitCodes:
               containerName: train
               operator: In
-              values: [$FAILED, $BAD_INPUT]
+              values: [$FAILED, $BAD_INPUT, $PARTLY]
         template:
 YAML
   [[ -z $BUCKET ]] || cat <<YAML

@@ -489,7 +489,7 @@ def _compile(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _overrides(command: str, rest: list[str]) -> dict[str, str]:
-    """`--config.KEY=VALUE` of a training or a cache; anything else that the parser did not know is an error."""
+    """`--config.KEY=VALUE` of training, cache or batch; anything else that the parser did not know is an error."""
     overrides = {}
     for item in rest:
         name, equals, value = item.removeprefix("--config.").partition("=")
@@ -504,7 +504,7 @@ def _overrides(command: str, rest: list[str]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 where a training diverged, 2 for bad input, 69 where the processes
     of a run did not find or lost each other, 75 where it was preempted and saved, 130 when interrupted; 3 where a
-    batch or its check refused some requests."""
+    batch or its check refused some requests, or some failed."""
     try:
         return distributed.leave(_main(sys.argv[1:] if argv is None else argv))
     except Exception as error:

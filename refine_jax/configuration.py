@@ -11,6 +11,29 @@ import ml_collections
 
 from refine_jax.errors import RefineError
 
+# What a training's file need not have, with a value of the type that is wanted (None: any), often the default.
+OPTIONAL: dict[str, Any] = {
+    "aligned_heads": (),
+    "alignment": None,
+    "conditioning": "",
+    "keep_every": 0,
+    "lora": None,
+    "pictures": None,
+    "profile": (),
+    "prompt": "",
+    "remat": "",
+    "scan": None,
+    "condition_area": 0,
+    "vae_area": 0,
+    "data.margin_jitter": 0.0,
+    "data.max_corrupt": 0.01,
+    "data.path": "",
+    "data.reference_buckets": None,
+    "data.text_to_image": 0.0,
+    "data.validation": "",
+    "optimizer.accumulate": 1,
+}
+
 
 def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
     """The configuration that `get_config()` of a Python file returns, with `overrides` ("a.b": "value") applied.
@@ -48,7 +71,8 @@ def override(config: ml_collections.ConfigDict, name: str, text: str, file: str)
         for part in above:
             group = group[part]
         # Mesh axes and sharding rules have defaults that a file need not repeat.
-        old = group.get(last) if above in (["mesh"], ["rules"]) else group[last]
+        missing = above in (["mesh"], ["rules"]) or name in OPTIONAL and "objective" in config
+        old = group.get(last, OPTIONAL.get(name)) if missing else group[last]
     except (KeyError, AttributeError, TypeError):
         raise RefineError(f"--config.{name}: {file} has no such key") from None
     value = text
@@ -62,7 +86,7 @@ def override(config: ml_collections.ConfigDict, name: str, text: str, file: str)
     value = _tuples(value)
     kind = type(old).__name__
     if isinstance(old, ml_collections.ConfigDict):
-        fits, kind = isinstance(value, dict), "dict"
+        fits, kind = isinstance(value, dict) or value is None and OPTIONAL.get(name, "") is None, "dict"
     elif isinstance(old, (tuple, list)):
         fits = isinstance(value, (tuple, list))
     elif isinstance(old, float):

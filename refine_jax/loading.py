@@ -115,11 +115,11 @@ def load(
     if wanted and isinstance(config, ModelConfig):
         config.require(*wanted)
     shardings = parallel.param_shardings(boxed, mesh, rules)
+    read = lambda: source.parameters(abstract, shardings, dtype, progress)
     if extra and merge:
         before, after = _by_kernel(extra, abstract)
-        variables = source.parameters(abstract, shardings, dtype, progress, before)
-        return Loaded(config, lora.merge(variables, after, consume=True), {}, tokenizer)
-    read = lambda: source.parameters(abstract, shardings, dtype, progress)
+        extra = {}
+        read = lambda: lora.merge(source.parameters(abstract, shardings, dtype, progress, before), after, consume=True)
     if later:
         place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
         variables = executables.Later(jax.tree.map(place, abstract, shardings), read)

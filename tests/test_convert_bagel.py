@@ -369,6 +369,9 @@ def test_lora_in_peft_naming(made, converted, tmp_path):
     loaded = loading.load(converted, adapters=[(file, 0.5)])
     assert set(loaded.lora) == {"bagel"}
     merged = loading.load(converted, adapters=file, merge=True).variables["bagel"]["llm2vae"]["kernel"]
+    later = loading.load(converted, adapters=file, merge=True, later=True).variables
+    assert later.shapes["bagel"]["llm2vae"]["kernel"].shape == merged.shape
+    np.testing.assert_array_equal(later.arrays()["bagel"]["llm2vae"]["kernel"], merged)
     plain = trees["rvr"]["bagel"]["llm2vae"]["kernel"]
     product = adapter["llm2vae"]["a"].astype(np.float32) @ adapter["llm2vae"]["b"].astype(np.float32)
     np.testing.assert_allclose(merged, plain + product, rtol=1e-6)

@@ -365,6 +365,9 @@ def test_verdict():
         "1 134": "stop 1",
         "0 134": "crash 134",
         "69": "crash 69",
+        "3": "stop 3",
+        "3 1": "stop 1",
+        "137 3": "crash 137",
     }
     script = f'. "{LAUNCH}/common.sh"; for codes; do verdict $codes; echo; done'
     done = subprocess.run(["bash", "-c", script, "-", *cases], capture_output=True, text=True, check=True)
@@ -453,7 +456,7 @@ def test_gke_life(cloud):
     }
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
     stops = job["template"]["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"]
-    assert stops == [1, 2] and jobset["spec"]["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
+    assert stops == [1, 2, 3] and jobset["spec"]["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
 
     launch("gke.sh", "stop", *GKE_HERE)
     launch("gke.sh", "stop", *GKE_HERE)

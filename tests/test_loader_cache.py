@@ -190,6 +190,7 @@ def test_a_killed_build_continues_and_a_second_one_finds_it(made, tmp_path, monk
         (dict(train_encoder=True, lora=None), "keeps its encoder frozen"),
         ({"data.source": "synth"}, "data.source is 'synth'"),
         ({"data.margin_jitter": 0.2}, "data.margin_jitter 0.2"),
+        (dict(conditioning="rvr", prompt="rvr-training"), "conditioning 'rvr' trains from records"),
     ],
 )
 def test_what_cannot_be_cached_is_said(made, tmp_path, change, message):

@@ -20,8 +20,11 @@ from reference_utils import randn, relative_error
 from safetensors.numpy import load_file, save_file
 from test_mmdit import SIZES, abstract_params, inputs, pair, reference_velocity, velocity
 
+from refine_jax import loading
+from refine_jax.convert.convert import convert_lora
 from refine_jax.convert.lora import Adapter, combine, merge, read_adapter, write_adapter
 from refine_jax.errors import RefineError
+from refine_jax.models.layers import init_lora
 from refine_jax.models.mmdit import MMDiTConfig
 
 ABSTRACT = {
@@ -364,6 +367,15 @@ def test_export_round_trip(dialect, network, tmp_path):
     assert scales == {1.0}
     _, config, params, args = network
     assert relative_error(velocity(config, merge({"mmdit": params}, trees)["mmdit"], args, 9), theirs) <= 1e-4
+
+
+def test_rewriting_keeps_what_an_adapter_says_of_its_base(tmp_path):
+    model = toy.model_config()
+    tree = init_lora(jax.random.key(0), model.abstract(("mmdit",))["mmdit"], "blocks/attn/to_q", 2)
+    said = loading.adapter_metadata(model)
+    write_adapter(tmp_path / "ours.safetensors", {"mmdit": tree}, metadata=said)
+    convert_lora(tmp_path / "ours.safetensors", tmp_path / "comfy.safetensors", "comfyui", model)
+    assert said and said.items() <= read_adapter(tmp_path / "comfy.safetensors", model.abstract()).metadata.items()
 
 
 @pytest.mark.parametrize("dialect", ["peft", "comfyui"])

@@ -85,6 +85,11 @@ def config_file(tmp_path):
         ("optimizer.name", "muon", "muon"),
         ("mesh.fsdp", "2", 2),
         ("rules.embed", "null", None),
+        # keys that this file does not have and another one may
+        ("keep_every", "50", 50),
+        ("optimizer.accumulate", "2", 2),
+        ("lora", "null", None),
+        ("profile", "[3, 5]", (3, 5)),
     ],
 )
 def test_overrides(config_file, name, text, value):
@@ -111,6 +116,8 @@ def test_a_group_is_overridden_as_a_whole(config_file):
         ("flag", "1", ("bool", "int")),
         ("sizes", "3", ("tuple", "int")),
         ("optimizer", "adamw", ("dict", "str")),
+        ("optimizer", "null", ("dict", "NoneType")),
+        ("keep_every", "often", ("int", "str")),
         ("steps", "0", ("steps=0", "at least 1")),
         ("save_every", "-1", ("save_every", "at least 1")),
     ],

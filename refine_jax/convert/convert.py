@@ -278,7 +278,8 @@ def convert_lora(
     if target.exists():
         raise RefineError(f"{target}: exists; give another name, or remove it first")
     adapter = lora.read_adapter(Path(source), (model or ModelConfig()).abstract())
-    lora.write_adapter(target, adapter.trees, dialect)
+    ours = {name: value for name, value in adapter.metadata.items() if name.startswith("refine_jax")}
+    lora.write_adapter(target, adapter.trees, dialect, metadata=ours)
     return target
 
 

@@ -47,6 +47,8 @@ def build(
     if batch < 1 or batch % len(devices):
         raise RefineError(f"--batch {batch}: give a multiple of the {len(devices)} devices")
     model = objectives.make(config).model
+    if model.conditioning != "refine":
+        raise RefineError(f"data cache: is for masked pairs; conditioning {model.conditioning!r} trains from records")
     dataset = Dataset(data.path)
     buckets = [tuple(bucket) for bucket in data.buckets]
     references = [tuple(bucket) for bucket in data.get("reference_buckets") or buckets]
