@@ -6,6 +6,8 @@ A file of configs/ is one call, with what differs and a docstring that is the ex
 
 import ml_collections
 
+from refine_jax import configuration
+
 # (height, width) of the focus crop: about 1024² pixels, sides multiples of 64 so that latent tokens are even in number.
 BUCKETS = ((1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344), (1344, 768))
 # Tokens of the chat template with three pictures of 384² pixels, and room for the instruction; 64 are dropped.
@@ -281,6 +283,19 @@ def small_world(**changes: object) -> ml_collections.ConfigDict:
     config.mesh = dict(data=-1)
     config.rules = {}
     return _changed(config, changes)
+
+
+def keys(objective: str) -> set[str]:
+    """What a training of `objective` may say, keys of `data` and `optimizer` as "data.path"; empty for one unknown."""
+    kinds = dict(refine=(edit_lora("", "", {}), small_world()), bagel=(bagel_rvr("", {}),), vae=(tiny_vae(),))
+    found = kinds.get(objective, ())
+    return {name for config in found for name in named(config)} | (set(configuration.OPTIONAL) if found else set())
+
+
+def named(config: ml_collections.ConfigDict) -> list[str]:
+    """The keys of a configuration as `keys` gives them."""
+    groups = [name for name in ("data", "optimizer") if name in config]
+    return [*config, *(f"{group}.{name}" for group in groups for name in config[group])]
 
 
 # Weights lie on all chips of a slice, also on those that share a sample: no chip keeps what another has.

@@ -129,6 +129,25 @@ def test_bad_overrides(config_file, name, text, words):
         assert word in str(error.value), error.value
 
 
+@pytest.mark.parametrize(
+    "line,words",
+    [
+        ("c.pictuers = dict(every=5, count=2)", ("pictuers", "did you mean pictures?")),
+        ("c.data.margin_jiter = 0.1", ("'data.margin_jiter'", "did you mean data.margin_jitter?")),
+        ("c.qqq = 1", ("'qqq'", "take it out")),
+        ("del c.objective", ("not of a training",)),
+    ],
+)
+def test_a_misspelt_key_in_a_file(tmp_path, line, words):
+    path = tmp_path / "some.py"
+    text = "from refine_jax import recipes\ndef get_config():\n    c = recipes.small_world()\n    {}\n    return c\n"
+    path.write_text(text.format(line))
+    with pytest.raises(RefineError) as error:
+        load_config(path)
+    for word in ("some.py", *words):
+        assert word in str(error.value), error.value
+
+
 def test_bad_config_files(tmp_path):
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     (tmp_path / "none.py").write_text("x = 1\n")
