@@ -4,7 +4,8 @@
 
 The released recipe but for what is trained: queries, keys, values, output and the feed-forward layers of every decoder
 layer, without understanding data: answers are the base model's without the adapter. The file works with
-`Regenerator.load(…, lora=…)`.
+`Regenerator.load(…, lora=…)`. By the compiler: 15.0 of 32 GiB a chip (47 %), and all that is trained is split
+(docs/pods.md).
 """
 
 import ml_collections
