@@ -151,7 +151,7 @@ def write_medium(folder: Path, side: int, steps: int) -> Path:
     manifest["vl"]["text"] |= dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=6)
     manifest["vl"]["text"]["mrope_section"] = [16, 24, 24]
     manifest["vl"]["vision"] |= dict(depth=4, hidden_size=384, intermediate_size=1024, num_heads=6, out_hidden_size=768)
-    manifest |= dict(vae_area=side**2, condition_area=112**2, steps=steps)
+    manifest |= dict(vae_area=side**2, condition_area=(side * 7 // 6) ** 2, steps=steps)
     model = ModelConfig.from_manifest(manifest)
     rng = np.random.default_rng(0)
 
