@@ -163,22 +163,46 @@ def row_losses(
 
     network = Bagel(cfg)
     weights = {"params": variables["bagel"], "lora": lora.get("bagel", {})}
+    text, viewed, painted = row_segments(model, batch)
     hidden, velocity = network.apply(
         weights,
         batch["text_ids"],
-        Segments(**{name: batch[f"text_{name}"] for name in (*packing.PLACES, "causal", "noisy")}),
+        text,
         patches,
         jnp.asarray(cells),
-        picture_segments(batch, "seen", math.prod(view)),
+        viewed,
         (1 - t[..., None]) * clean + t[..., None] * noise,
         t,
         jnp.broadcast_to(places, t.shape),
-        picture_segments(batch, "painted", tokens),
+        painted,
         one_target=True,
     )
     error = jnp.mean(jnp.square(velocity - (noise - clean)), axis=-1)
     mse = jnp.sum(jnp.where(scored, error, 0.0)) / jnp.maximum(jnp.sum(scored), 1)
     return {"mse": mse, "ce": _cross_entropy(network, weights, hidden, batch)}
+
+
+def row_segments(model: BagelModel, batch: Mapping[str, jax.Array]) -> tuple[Segments, Segments, Segments]:
+    """What the tokens of packed rows are: of the text, of the pictures that the tower sees, of those in latents."""
+    text = Segments(**{name: batch[f"text_{name}"] for name in (*packing.PLACES, "causal", "noisy")})
+    view, size = batch["seen_pixels"].shape[2:4], batch["painted_pixels"].shape[2:4]
+    patches = math.prod(view) // model.bagel.vit.patch_size**2
+    return text, picture_segments(batch, "seen", patches), picture_segments(batch, "painted", math.prod(model.grid(size)))
+
+
+def even_row(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """One row of a batch of these shapes, full: samples as `apart` has them, a prompt, a view, a prompt, a target."""
+    [text], [pictures, *seen], [_, *painted] = (
+        batch[name].shape[1 : 1 + rank] for name, rank in (("text_ids", 1), ("seen_pixels", 3), ("painted_pixels", 3))
+    )
+    row = packing.Row(packing.Bucket(tuple(painted), tuple(seen), pictures, text, batch["text_scored"].shape[1]))
+    share = text // pictures - 4  # without the marks of two pictures
+    halves = sequences.Text("x" * (share // 2)), sequences.Text("x" * (share - share // 2))
+    items = (halves[0], sequences.Seen(0), halves[1], sequences.Painted(1))
+    views = [np.zeros((*size, 3), np.uint8) for size in (seen, painted)]
+    for sample in range(pictures):
+        row.add(sample, items, views, lambda text: np.zeros(len(text), np.int32), (0, 0))
+    return {name: value[None] for name, value in row.arrays().items()}
 
 
 def apart(batch: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:

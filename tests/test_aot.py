@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_packing
 import toy
 
-from refine_jax import flops, objectives, parallel, recipes
+from refine_jax import bagel_objective, flops, objectives, parallel, recipes
+from refine_jax.data import packing
 from refine_jax.errors import RefineError
+from refine_jax.models import segments, splash
 from refine_jax.train import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +238,51 @@ def test_a_sum_and_a_slice_in_one_fusion_are_a_reduce_scatter():
     assert (scattered.kind, scattered.bytes, scattered.what) == ("reduce-scatter", size * 3 / 4, "jit(step)/gradient")
     assert (summed.kind, summed.bytes) == ("all-reduce", 2 * size * 3 / 4)
     assert scattered.shapes == summed.shapes == (("bf16", (64, 128)),)
+
+
+KERNEL = """\
+HloModule step, is_scheduled=true
+
+ENTRY %main (q: bf16[4,512,128], k: bf16[4,1024,128]) -> bf16[4,512,128] {
+  %q = bf16[4,512,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %k = bf16[4,1024,128]{2,1,0:T(8,128)(2,1)} parameter(1)
+  ROOT %splash_mha_fwd_residuals.1 = bf16[4,512,128]{2,1,0:T(8,128)(2,1)} custom-call(%q, %k, %k), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[4,512,128]{2,1,0}, bf16[4,1024,128]{2,1,0}, \
+bf16[4,1024,128]{2,1,0}}, metadata={op_name="jit(step)/attention"}
+}
+"""
+
+
+def test_blocks_that_a_kernel_skips_do_not_count():
+    module, whole = hlo.Module(KERNEL), 2.0 * 2 * 4 * 512 * 1024 * 128
+    assert module.work().kernels == {"fwd": whole}
+    assert module.work({(512, 1024): 0.25}).flops == whole / 4
+    assert module.work({(512, 512): 0.25}).flops == whole
+
+
+def test_a_full_row_of_samples_that_are_apart():
+    """What `aot` takes for the blocks that a packed row's attention computes: each sample's own, on every chip."""
+    import aot
+
+    model = test_packing.MODEL
+    shapes = packing.shapes(packing.Bucket((32, 32), (16, 16), 4, 128, 16))
+    batch = {name: jax.ShapeDtypeStruct((2, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+    row = bagel_objective.even_row(batch)
+    assert {name: (value.shape[1:], value.dtype) for name, value in row.items()} == shapes
+    streams = bagel_objective.row_segments(model, row)
+    for stream in streams:
+        samples, counts = np.unique(stream.sample[0], return_counts=True)
+        assert samples.tolist() == [0, 1, 2, 3] and len(set(counts)) == 1
+    total = sum(stream.sample.shape[1] for stream in streams)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aot, "block_size", lambda length: 4)
+        [((queries, keys), whole)] = aot.computed_blocks(model, batch, 1).items()
+        [((half, _), share)] = aot.computed_blocks(model, batch, 2).items()
+    assert queries == keys == total and half == total // 2
+    tokens = segments.join(segments.join(*streams[:2]), streams[2])
+    span = segments.segment_mask(tokens, tokens, one_target=True).span[0]
+    assert whole == pytest.approx(np.mean(splash._span_blocks(span, total, 4, 4)[0].block_mask))
+    assert whole <= share < 0.3
 
 
 def test_products_written_as_convolutions():

@@ -39,9 +39,12 @@ from flax import linen as nn
 from flax.linen import meta
 from tqdm import tqdm
 
-from refine_jax import checkpoint, configuration, flops, loading, objectives, parallel, prompts, train
+from refine_jax import bagel_objective, checkpoint, configuration, flops, loading, objectives, parallel, prompts, train
+from refine_jax.bagel import BagelModel
 from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig
+from refine_jax.models.segments import attention_mask, join
+from refine_jax.models.splash import block_size
 from refine_jax.refine import WIDE_TEXT_BUCKETS, Reference, Spec, reference_room, refine_program, view_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,12 +103,14 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A program before it is compiled. needed: counts the FLOPs of all chips; program: of a training step."""
+    """A program before it is compiled. needed: counts the FLOPs of all chips; program: of a training step; computed:
+    what `hlo.Module.work` is told of kernels that skip blocks."""
 
     lowered: Any
     mesh: jax.sharding.Mesh
     needed: Callable[[], flops.Flops]
     program: train.Program | None
+    computed: Callable[[], dict[tuple[int, int], float]] = dict
 
     def mark(self, topology: str) -> str:
         """A digest of all that decides a measured figure: the program, the topology, the compiler, its options."""
@@ -138,7 +143,35 @@ def lower_train(
     with program.context():
         traced = program.step.trace(program.state, program.frozen, batch)
         lowered = traced.lower(lowering_platforms=(mesh.devices.flat[0].platform,))
-    return Lowered(lowered, mesh, lambda: flops.of_step(config, objective.model, shapes), program)
+    needed = lambda: flops.of_step(config, objective.model, shapes)
+    if not isinstance(objective.model, BagelModel):
+        return Lowered(lowered, mesh, needed, program)
+    pieces = mesh.shape["context"]  # each of its chips has a part of every stream's queries, and all keys
+    return Lowered(lowered, mesh, needed, program, lambda: computed_blocks(objective.model, shapes, pieces))
+
+
+def computed_blocks(model: BagelModel, batch: Any, pieces: int) -> dict[tuple[int, int], float]:
+    """Of attention over a packed row, full and with samples as MFU counts them: (queries, keys) of the kernel -> the
+    share of its blocks that are computed, those in which a query sees a key, on the busiest of the `pieces` chips that
+    share the row."""
+    text, seen, painted = bagel_objective.row_segments(model, bagel_objective.even_row(batch))
+    streams = join(text, seen), painted
+    keys = join(*streams)
+    # As `segments.segment_mask` sorts them.
+    order = np.lexsort([np.asarray(x[0]) for x in (keys.index, keys.segment, ~keys.noisy, keys.sample)])
+    sees = jax.jit(lambda queries: attention_mask(queries, keys)[0, 0, :, order].T)
+    length, shares = keys.sample.shape[1], []
+    block_q, block_kv = block_size(length // pieces), block_size(length)
+    for piece in range(pieces):
+        cut = lambda x: np.split(x, pieces, axis=1)[piece]  # noqa: B023
+        queries = join(*(jax.tree.map(cut, stream) for stream in streams))
+        met = []
+        for start in range(0, length // pieces, block_q):
+            block = sees(jax.tree.map(lambda x: x[:, start : start + block_q], queries))  # noqa: B023
+            met.append(np.add.reduceat(block.any(axis=0), range(0, length, block_kv)) > 0)
+        shares.append(float(np.mean(met)))
+    padded = lambda length, block: -(-length // block) * block
+    return {(padded(length // pieces, block_q), padded(length, block_kv)): max(shares)}
 
 
 def lower_sample(
@@ -205,7 +238,7 @@ def analyse(
     seconds = time.perf_counter() - started
     text = compiled.as_text()
     module = hlo.Module(text)
-    work, memory, needed = module.work(), compiled.memory_analysis(), made.needed()
+    work, memory, needed = module.work(made.computed()), compiled.memory_analysis(), made.needed()
     device, count = mesh.devices.flat[0], mesh.size
     chip = flops.chip(device)
     moved: dict[str, float] = collections.defaultdict(float)
@@ -302,7 +335,7 @@ def unsplit(program: train.Program, module: hlo.Module) -> tuple[list[str], floa
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if leaf.size >= 2**20 and split and (kinds[leaf.dtype.name], leaf.shape) in standing:
             found.append(f"gradient of {name}")
-        layer = leaf.shape[1:] if "/blocks/" in name else leaf.shape
+        layer = leaf.shape[1:] if leaf.ndim > 2 else leaf.shape  # of a stack
         if math.prod(layer) >= 2**20 and split and {layer, (1, *layer)} & summed:
             found.append(f"sum of gradients of {name}")
     return found, total

@@ -8,7 +8,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -174,8 +174,12 @@ class Module:
 
     # ---------------------------------------------------------------------------------------------------------- work
 
-    def work(self) -> Work:
-        """All that happens in one run, on one chip."""
+    def work(self, computed: Mapping[tuple[int, int], float] | None = None) -> Work:
+        """All that happens in one run, on one chip.
+
+        computed: (queries, keys) of an attention kernel -> the share of its blocks that are not skipped, which the
+        program's input decides; of others all blocks count.
+        """
         flops, hbm, kernels, collectives = 0.0, 0.0, defaultdict(float), []
         self._chains: set[str] = set()  # collectives met that go on through several fusions
         for name, times in self.times.items():
@@ -184,7 +188,7 @@ class Module:
                 flops += times * self._flops(computation, instruction)
                 kernel = _kernel(instruction)
                 if kernel:
-                    kernels[kernel[0]] += times * kernel[1]
+                    kernels[kernel[0]] += times * kernel[1] * (computed or {}).get(kernel[2], 1.0)
                 hbm += times * self._traffic(computation, instruction)
                 collectives += self._collectives(computation, instruction, times)
         return Work(flops + sum(kernels.values()), dict(kernels), hbm, collectives)
@@ -451,8 +455,8 @@ def _meetings(window: dict[str, str], given: int, made: int) -> float:
     return float(np.count_nonzero((where >= 0) & (where <= (given - 1) * apart) & (where % apart == 0))) / made
 
 
-def _kernel(instruction: Instruction) -> tuple[str, float] | None:
-    """An attention kernel's name, and the FLOPs of the matrix products that it does."""
+def _kernel(instruction: Instruction) -> tuple[str, float, tuple[int, int]] | None:
+    """An attention kernel's name, the FLOPs of the matrix products that it does, and its (queries, keys)."""
     if instruction.opcode != "custom-call" or "tpu_custom_call" not in instruction.attributes:
         return None
     products = {"fwd": 2, "dq": 3, "dkv": 5}
@@ -464,4 +468,5 @@ def _kernel(instruction: Instruction) -> tuple[str, float] | None:
         [int(x) for x in match[2].split(",")] for match in _ARRAY.finditer(given[1]) if match[1] in ("bf16", "f32")
     ]
     queries, keys = [shape for shape in shapes if len(shape) >= 3][:2]
-    return name, 2.0 * products[name] * math.prod(queries[:-2]) * queries[-2] * keys[-2] * queries[-1]
+    size = queries[-2], keys[-2]
+    return name, 2.0 * products[name] * math.prod(queries[:-2]) * math.prod(size) * queries[-1], size
