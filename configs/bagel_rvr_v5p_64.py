@@ -14,4 +14,4 @@ from refine_jax import recipes
 
 def get_config() -> ml_collections.ConfigDict:
     """The resolved configuration."""
-    return recipes.bagel_rvr("v5p:4x4x2", dict(data=2, fsdp=16), batch_size=32, rules=recipes.WHOLE)
+    return recipes.bagel_rvr("v5p:4x4x2", dict(data=4, fsdp=8), batch_size=32, rules=recipes.WHOLE)

@@ -14,4 +14,10 @@ from refine_jax import recipes
 
 def get_config() -> ml_collections.ConfigDict:
     """The resolved configuration."""
-    return recipes.bagel_rvr("v6e:8x8", dict(data=8, fsdp=4, context=2), batch_size=32, remat="full", rules=recipes.WHOLE | recipes.SPREAD)
+    return recipes.bagel_rvr(
+        "v6e:8x8",
+        dict(data=8, fsdp=4, context=2),
+        batch_size=32,
+        remat="full",
+        rules=recipes.WHOLE | recipes.SPREAD,
+    )

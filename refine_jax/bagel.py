@@ -20,6 +20,7 @@ from refine_jax.focus import resample
 from refine_jax.models import bagel, siglip
 from refine_jax.models.bagel import Bagel, BagelConfig, Cache, Segments
 from refine_jax.models.flux_vae import FluxVAE, FluxVAEConfig, denormalize, normalize
+from refine_jax.models.layers import each_row
 
 Array = jax.Array | np.ndarray
 Size = tuple[int, int]
@@ -232,19 +233,23 @@ def painted(picture: Array, box: Array | None, size: Size) -> jax.Array:
 
 
 def encode_images(model: BagelModel, variables: Mapping[str, Any], pixels: Array, key: jax.Array) -> jax.Array:
-    """Latent tokens `[B, N, p·p·C] float32` of pictures `[B, h, w, 3]` in 0…255: a sample, as the authors take."""
-    mean, log_variance = FluxVAE(model.vae).apply(
-        {"params": variables["vae"]}, conditioning.to_signed(pixels), method="encode"
-    )
-    mean, log_variance = mean.astype(jnp.float32), log_variance.astype(jnp.float32)
-    z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape, jnp.float32)
+    """Latent tokens `[B, N, p·p·C] float32` of pictures `[B, h, w, 3]` in 0…255: a sample, as the authors take.
+
+    key: one, or one a picture `[B]`.
+    """
+    vae = lambda x: FluxVAE(model.vae).apply({"params": variables["vae"]}, x, method="encode")
+    mean, log_variance = (x.astype(jnp.float32) for x in each_row(vae, conditioning.to_signed(pixels)))
+    draw = lambda key, like: jax.random.normal(key, like.shape, jnp.float32)
+    noise = jax.vmap(draw)(key, mean) if key.ndim else draw(key, mean)
+    z = mean + jnp.exp(0.5 * log_variance) * noise
     return bagel.patchify(normalize(z, model.vae), model.bagel)
 
 
 def decode_latents(model: BagelModel, variables: Mapping[str, Any], tokens: Array, size: Size) -> jax.Array:
     """Latent tokens `[B, N, p·p·C]` -> `[B, h, w, 3] uint8`; fractions are cut off, as the authors' conversion does."""
     z = denormalize(bagel.unpatchify(tokens, model.grid(size), model.bagel), model.vae)
-    image = FluxVAE(model.vae).apply({"params": variables["vae"]}, z, method="decode").astype(jnp.float32)
+    vae = lambda z: FluxVAE(model.vae).apply({"params": variables["vae"]}, z, method="decode")
+    image = each_row(vae, z).astype(jnp.float32)
     return (jnp.clip(image * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 

@@ -29,7 +29,7 @@ from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig
 from refine_jax.models import siglip
 from refine_jax.models.bagel import Bagel, BagelConfig, Segments, latent_position_ids
-from refine_jax.models.layers import init_lora, scale_lora
+from refine_jax.models.layers import constrain, init_lora, scale_lora
 from refine_jax.objective import LORA_FILE, Objective
 
 # Tokens of the smallest block of an attention kernel.
@@ -151,7 +151,8 @@ def row_losses(
     grid = model.grid((height, width))
     tokens = grid[0] * grid[1]
     noisy = batch["painted_noisy"] & (batch["painted_sample"] >= 0)
-    t = jnp.repeat(jnp.where(noisy, t, 0.0), tokens, axis=1)
+    t = jnp.where(noisy, t, 0.0)
+    mixed = jnp.repeat(t, tokens, axis=1)[..., None]
     scored = jnp.repeat(noisy, tokens, axis=1)
 
     seen = batch["seen_pixels"]
@@ -171,9 +172,9 @@ def row_losses(
         patches,
         jnp.asarray(cells),
         viewed,
-        (1 - t[..., None]) * clean + t[..., None] * noise,
+        (1 - mixed) * clean + mixed * noise,
         t,
-        jnp.broadcast_to(places, t.shape),
+        jnp.broadcast_to(places, scored.shape),
         painted,
         one_target=True,
     )
@@ -186,8 +187,8 @@ def row_segments(model: BagelModel, batch: Mapping[str, jax.Array]) -> tuple[Seg
     """What the tokens of packed rows are: of the text, of the pictures that the tower sees, of those in latents."""
     text = Segments(**{name: batch[f"text_{name}"] for name in (*packing.PLACES, "causal", "noisy")})
     view, size = batch["seen_pixels"].shape[2:4], batch["painted_pixels"].shape[2:4]
-    patches = math.prod(view) // model.bagel.vit.patch_size**2
-    return text, picture_segments(batch, "seen", patches), picture_segments(batch, "painted", math.prod(model.grid(size)))
+    patches, latents = math.prod(view) // model.bagel.vit.patch_size**2, math.prod(model.grid(size))
+    return text, picture_segments(batch, "seen", patches), picture_segments(batch, "painted", latents)
 
 
 def even_row(batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -233,7 +234,8 @@ def _cross_entropy(
 ) -> jax.Array:
     """Mean -log p of the tokens that follow those of `text_scored`; only for them are logits made."""
     at = jnp.maximum(batch["text_scored"], 0)
-    taken = jnp.take_along_axis(hidden, at[..., None], axis=1)
+    # Logits of a part of the tokens on each of the chips that share a row.
+    taken = constrain(jnp.take_along_axis(hidden, at[..., None], axis=1), "batch", "text_length", "act_embed")
     labels = jnp.take_along_axis(jnp.roll(batch["text_ids"], -1, axis=1), at, axis=1)
     logits = network.apply(weights, taken, method=Bagel.logits)
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]

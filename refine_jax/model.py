@@ -20,6 +20,7 @@ from refine_jax.conditioning import CONDITIONINGS, Pictures
 from refine_jax.errors import RefineError
 from refine_jax.flow import SchedulerConfig
 from refine_jax.focus import FOCUS_MARGIN, bucket_size
+from refine_jax.models.layers import each_row
 from refine_jax.models.mmdit import MMDiT, MMDiTConfig
 from refine_jax.models.qwen_vae import QwenVAE, VAEConfig, denormalize, normalize
 from refine_jax.models.qwen_vl import (
@@ -236,15 +237,16 @@ def encode_images(model: ModelConfig, variables: Mapping[str, Any], images: Sequ
     for size in dict.fromkeys(image.shape[1:3] for image in images):
         slots = [k for k, image in enumerate(images) if image.shape[1:3] == size]
         x = conditioning.to_signed(jnp.concatenate([images[k] for k in slots]))
-        mean, _ = QwenVAE(model.vae).apply({"params": variables["vae"]}, x, method="encode")
+        vae = lambda x: QwenVAE(model.vae).apply({"params": variables["vae"]}, x, method="encode")
+        mean, _ = each_row(vae, x)
         latents.update(zip(slots, jnp.split(normalize(mean, model.vae), len(slots))))
     return [latents[k] for k in range(len(images))]
 
 
 def decode_latents(model: ModelConfig, variables: Mapping[str, Any], latents: jax.Array) -> jax.Array:
     """Normalised latents `[B, h, w, C]` -> whole pixels 0…255 `[B, H, W, 3] float32`."""
-    z = denormalize(latents, model.vae)
-    return conditioning.to_pixels(QwenVAE(model.vae).apply({"params": variables["vae"]}, z, method="decode"))
+    vae = lambda z: QwenVAE(model.vae).apply({"params": variables["vae"]}, z, method="decode")
+    return conditioning.to_pixels(each_row(vae, denormalize(latents, model.vae)))
 
 
 def look(

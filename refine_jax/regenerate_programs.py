@@ -127,8 +127,8 @@ def bagel_program(
         given = inputs["pictures"].astype(jnp.float32)
         pixels = jax.vmap(lambda picture: bagel.painted(picture, None, spec.seen))(given)
         if model.conditioning == "rvr_vae":
-            encode = jax.vmap(lambda x, key: bagel.encode_images(model, variables, x[None], key)[0])
-            latents = bagel.LatentImage(encode(given, inputs["keys"]), model.grid(spec.size))
+            encoded = bagel.encode_images(model, variables, given, inputs["keys"])
+            latents = bagel.LatentImage(encoded, model.grid(spec.size))
     context = bagel.read_prefix(
         model,
         variables,

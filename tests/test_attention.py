@@ -141,7 +141,7 @@ def test_cudnn_is_lowered_with_lengths_and_no_mask(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(door, "_mesh_platform", lambda: "cuda")  # as under the trainer's mesh
+    monkeypatch.setattr(door, "mesh_platform", lambda: "cuda")  # as under the trainer's mesh
     length = 2048
     x = jax.ShapeDtypeStruct((2, length, 4, 128), jnp.bfloat16)
     mask = jax.ShapeDtypeStruct((2, 1, 1, length), jnp.bool_)
@@ -335,7 +335,7 @@ def test_what_a_platform_gets(monkeypatch, platform, length, expected):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(door, "_mesh_platform", lambda: platform)
+    monkeypatch.setattr(door, "mesh_platform", lambda: platform)
     # `small_blocks` may still be in force.
     monkeypatch.setattr(door, "splash_spans", splash.splash_spans)
     shape = lambda heads: jax.ShapeDtypeStruct((1, length, heads, 128), jnp.bfloat16)

@@ -1,10 +1,13 @@
 """The Qwen-Image VAE against diffusers' `AutoencoderKLQwenImage` on random weights (one frame of video there)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import toy
 from diffusers.models.autoencoders import autoencoder_kl_qwenimage as reference
 from flax.linen import meta
 from reference_utils import largest_error, meta_shapes, numpy_state, randn, randomise, relative_error
@@ -12,6 +15,7 @@ from reference_utils import largest_error, meta_shapes, numpy_state, randn, rand
 from refine_jax.convert import mapping
 from refine_jax.convert.keys_vae import VAE_TABLE
 from refine_jax.errors import RefineError
+from refine_jax.model import decode_latents, encode_images
 from refine_jax.models import qwen_vae
 from refine_jax.models.qwen_vae import QwenVAE, Tiling, VAEConfig, denormalize, normalize, tiled_decode, tiled_encode
 
@@ -351,3 +355,20 @@ def test_attention_in_chunks_is_attention(monkeypatch):
 def test_bad_input_is_named(call, message):
     with pytest.raises(RefineError, match=message):
         call()
+
+
+def test_a_picture_has_the_same_bits_wherever_it_stands_in_a_batch():
+    """Of channels and sizes for which a CPU's convolution rounds the last pixels of a batch in its own way."""
+    vae = dataclasses.replace(toy.model_config().vae, base_dim=16, dim_mult=(1, 1), temperal_downsample=(False,))
+    model = dataclasses.replace(toy.model_config(), vae=vae)
+    weights = {"vae": QwenVAE(vae).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]}
+    weights = meta.unbox(weights)
+    picture = np.random.default_rng(0).uniform(0, 255, (1, 64, 64, 3)).astype(np.float32)
+
+    @jax.jit
+    def there_and_back(weights, pictures):
+        [latents] = encode_images(model, weights, [pictures])
+        return latents, decode_latents(model, weights, latents)
+
+    for found in there_and_back(weights, np.repeat(picture, 8, axis=0)):
+        np.testing.assert_array_equal(found, np.repeat(found[:1], 8, axis=0))

@@ -338,7 +338,7 @@ def _cut(fused: dict[str, Instruction], name: str) -> bool:
     """Whether of a fusion's value only slices are used. A sum over chips and a slice of it in one fusion are how the
     compiler writes its reduce-scatter; where they are two kernels, whole sums do travel."""
     users = [value for value in fused.values() if name in value.operands]
-    through = ("bitcast", "reshape")
+    through = ("bitcast", "reshape", "get-tuple-element")  # of several sums in one
     return bool(users) and all(
         user.opcode == "dynamic-slice" or (user.opcode in through and _cut(fused, user.name)) for user in users
     )

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec
 
 from refine_jax.models.blockwise import blockwise_attention
-from refine_jax.models.layers import CHECKPOINT_NAME, fit_spec
+from refine_jax.models.layers import CHECKPOINT_NAME, fit_spec, mesh_platform
 from refine_jax.models.segments import SegmentMask, attention_mask
 from refine_jax.models.splash import something_seen, splash_attention, splash_spans
 
@@ -100,7 +100,7 @@ def attention(
             choices["cuda"] = split["cudnn"]
         # Under a mesh the platform is known already. The general way is right too, but a gradient through it keeps what
         # every branch, taken or not, would need: all scores, for one.
-        platform = _mesh_platform()
+        platform = mesh_platform()
         if platform is not None:
             out = choices.get(platform, otherwise)(*pieces, of_queries, of_keys)
         else:
@@ -119,13 +119,6 @@ def _check_mask(impl: str, mask: Array | SegmentMask | None, by_key: bool, by_se
 
 def _pieces(x: Array | Sequence[Array]) -> tuple[Array, ...]:
     return tuple(x) if isinstance(x, (tuple, list)) else (x,)
-
-
-def _mesh_platform() -> str | None:
-    """The platform of the mesh in force, as lowering calls it; None where there is no mesh, or one of no devices."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    platform = getattr(device, "platform", None)
-    return "cuda" if platform == "gpu" else platform
 
 
 def _joined(

@@ -413,8 +413,9 @@ class Bagel(nn.Module):
         """A whole (packed) sequence -> hidden states of the text [B, T, hidden], velocity [B, N, p·p·C] or None.
 
         ids [B, T] int32: texts and image marks. patches [B, K, P, patch dim], patch_positions [B, K, P] int32: K image
-        slots a row; vit_segments [B, K·P], padding where there is no patch. latents [B, N, p·p·C], already noised, t
-        [B] or [B, N], latent_positions [B, N] int32, gen_segments [B, N]. `logits` of the hidden states gives the text.
+        slots a row; vit_segments [B, K·P], padding where there is no patch. latents [B, N, p·p·C], already noised, t as
+        in `latent_tokens`, latent_positions [B, N] int32, gen_segments [B, N]. `logits` of the hidden states gives the
+        text.
         one_target: as in `decode`.
         """
         und, segments = self.text_embeddings(ids), text_segments
@@ -446,11 +447,15 @@ class Bagel(nn.Module):
         return x + position_features(position_ids, cfg.vit_max_num_patch_per_side, cfg.hidden_size).astype(x.dtype)
 
     def latent_tokens(self, x: Array, t: Array, position_ids: Array) -> Array:
-        """x [B, N, p·p·C], t [B] or [B, N] in [0, 1] (0 is a clean image), position_ids [B, N] -> [B, N, hidden]."""
+        """x [B, N, p·p·C], t in [0, 1] (0 is a clean image), position_ids [B, N] -> [B, N, hidden].
+
+        t: [B], or [B, M] of M images of N / M tokens each, M = N for a time a token.
+        """
         cfg = self.config
         t = t if t.ndim == 2 else t[:, None]
         place = position_features(position_ids, cfg.max_latent_size, cfg.hidden_size)
-        y = self.vae2llm(x).astype(jnp.float32) + self.time_embedder(t.astype(jnp.float32)) + place
+        time = jnp.repeat(self.time_embedder(t.astype(jnp.float32)), x.shape[1] // t.shape[1], axis=1)
+        y = self.vae2llm(x).astype(jnp.float32) + time + place
         return constrain(y.astype(cfg.dtype), "batch", "length", "act_embed")
 
     def decode(

@@ -30,6 +30,9 @@ Initializer = Callable[..., Array]
 # The name under which a remat policy may keep what attention returns (and, for splash, the softmax's log-sum-exp).
 CHECKPOINT_NAME = "attention"
 
+# Rows of a tile of 16-bit numbers in a TPU's memory.
+_TILE_ROWS = 16
+
 default_kernel_init = nn.initializers.lecun_normal()
 
 
@@ -63,8 +66,57 @@ def gathered_in_turn(kernel: Array, names: Sequence[str | None]) -> Array:
     if not all(set(axes) & rows for axes in split):
         return kernel
     parts = [math.prod(mesh.shape[axis] for axis in axes) for axes in split]
-    kept = [axes if index == parts.index(max(parts)) else None for index, axes in enumerate(split)]
+    # Of equals the one whose parts are whole tiles: others are not scattered.
+    order = [(count, size // count % _TILE_ROWS == 0) for count, size in zip(parts, kernel.shape)]
+    kept = [axes if index == order.index(max(order)) else None for index, axes in enumerate(split)]
     return jax.lax.with_sharding_constraint(kernel, jax.sharding.PartitionSpec(*kept))
+
+
+def mesh_platform() -> str | None:
+    """The platform of the mesh in force, as lowering calls it; None where there is no mesh, or one of no devices."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    platform = getattr(device, "platform", None)
+    return "cuda" if platform == "gpu" else platform
+
+
+def each_row(function: Callable[[Array], Any], x: Array) -> Any:
+    """`function` of x [B, ...], row by row on a CPU: arrays [B, ...]. For networks with convolutions, in inference.
+
+    A CPU's convolution rounds the last pixels of a batch in another way than the others, so that a picture's result
+    would depend on its place. On a mesh of several devices, whose rows lie apart, and elsewhere, all rows at once.
+    """
+    if x.shape[0] == 1:
+        return function(x)
+    rows = lambda x: jax.tree.map(lambda y: y[:, 0], jax.lax.map(lambda row: function(row[None]), x))
+    platform = mesh_platform()
+    if platform is None:
+        return jax.lax.platform_dependent(x, cpu=rows, default=function)
+    return (rows if platform == "cpu" and jax.sharding.get_abstract_mesh().size == 1 else function)(x)
+
+
+def take_rows(table: Array, ids: Array, dtype: Any, names: Sequence[str | None]) -> Array:
+    """Rows of `table [rows, features]` by ids [B, ...], clipped to it: [B, ..., features] in `dtype`.
+
+    Where the mesh splits the features along axes that split the batch, gradients change sides before they are added up:
+    each device has all rows' gradients of its features. Otherwise every device adds its own to a whole table, and
+    these are summed.
+    """
+    out = jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
+    mesh, rules = jax.sharding.get_abstract_mesh(), nn.get_logical_axis_rules()
+    if not rules or mesh.empty:
+        return out
+    group = lambda axes: (axes,) if isinstance(axes, str) else tuple(axes or ())
+    features = group(fit_spec(nn.logical_to_mesh_axes(names, rules), table.shape, mesh.shape)[1])
+    rows = tuple(axis for axis in group(nn.logical_to_mesh_axes(("batch",), rules)[0]) if axis not in features)
+    batch = fit_spec([rows], out.shape[:1], mesh.shape)
+    spec = jax.sharding.PartitionSpec(*batch, *[None] * (out.ndim - 2), features or None)
+
+    @jax.custom_vjp
+    def same(x: Array) -> Array:
+        return x
+
+    same.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.with_sharding_constraint(g, spec),))
+    return same(out) if features else out
 
 
 def fit_spec(

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from refine_jax.errors import RefineError
 from refine_jax.models.attention import attention
-from refine_jax.models.layers import Dense, LayerNorm, constrain, remat_policy
+from refine_jax.models.layers import Dense, LayerNorm, constrain, remat_policy, take_rows
 
 Array = jax.Array
 
@@ -226,8 +226,8 @@ class Siglip(nn.Module):
             (config.side**2, config.hidden_size),
             jnp.dtype(config.param_dtype),
         )
-        # Clipped, because a padded place may hold any number and jnp.take would give it NaN.
-        x = x + jnp.take(table, position_ids, axis=0, mode="clip").astype(x.dtype)
+        # Clipped, because a padded place may hold any number.
+        x = x + take_rows(table, position_ids, x.dtype, (None, "embed"))
         x = constrain(x, "batch", "length", "act_embed")
         by_key = None if mask is None else mask.astype(bool)[:, None, None, :]
 
