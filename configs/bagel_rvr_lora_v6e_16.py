@@ -20,7 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
         dict(fsdp=8, context=2),
         batch_size=8,
         remat="full",
-        rules=recipes.SPREAD,
+        # An adapter's matrices are split along their long side: a rank of 64 has no whole tiles for 16 chips.
+        rules=recipes.SPREAD | dict(heads=("fsdp", "context"), mlp=("fsdp", "context")),
         ema_decay=0.0,
         lora=dict(rank=64, alpha=64.0, targets="decoder/layers/(und|gen)/(mlp/)?(q|k|v|o|gate|up|down)_proj"),
     )

@@ -203,6 +203,55 @@ def split_vae() -> dict:
     return found
 
 
+def packed_rows() -> dict:
+    """BAGEL's loss of packed rows and its gradients on one device and on eight, split as for whole training."""
+    import numpy as np
+    import test_packing as packed
+
+    from refine_jax import bagel_objective, recipes
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    batch = {name: np.stack([value] * 4) for name, value in packed.packed_row().items()}
+    rng = np.random.default_rng(0)
+    pictures, tokens = batch["painted_pixels"].shape[1], packed.GRID[0] * packed.GRID[1]
+    shape = (4, pictures * tokens, packed.MODEL.bagel.latent_dim)
+    clean, noise = rng.standard_normal((2, *shape), np.float32)
+    t = rng.uniform(size=(4, pictures)).astype(np.float32)
+    params = packed.reference.variables()["params"]
+
+    def loss(params, batch, clean, noise, t):
+        parts = bagel_objective.row_losses(packed.MODEL, {"bagel": params}, {}, batch, clean, noise, t)
+        return parts["mse"] + 0.25 * parts["ce"]
+
+    def run(axes, changed):
+        mesh = parallel.make_mesh(axes, jax.devices()[: 8 if axes else 1])
+        rules = parallel.make_rules(changed)
+        declared = parallel.param_shardings(packed.MODEL.boxed(("bagel",))["bagel"], mesh, rules)
+        step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, declared))
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+            inputs = parallel.shard_batch((batch, clean, noise, t), mesh)
+            lowered = step.lower(jax.device_put(params, declared), *inputs)
+            value, grads = lowered.compile()(jax.device_put(params, declared), *inputs)
+        split = sum(not s.is_fully_replicated for s in jax.tree.leaves(declared))
+        return float(value), jax.device_get(grads), split, lowered.as_text().count("sharding_constraint")
+
+    axes, rules = dict(data=2, fsdp=2, context=2), recipes.WHOLE | recipes.SPREAD
+    one, expected, _, _ = run({}, None)
+    value, grads, split, constraints = run(axes, rules)
+    apart = lambda a, b: float(np.abs(a - b).max() / np.abs(a).max()) if np.abs(a).max() > 1e-6 else 0.0
+    return dict(
+        loss=value,
+        one=one,
+        gradients=max(jax.tree.leaves(jax.tree.map(apart, expected, grads))),
+        as_declared=True,
+        split=split,
+        constraints=constraints,
+        name="packed",
+        axes=axes,
+        rules=[],
+    )
+
+
 def eight_devices(pairs: list[dict]) -> None:
     """Runs in a process of its own: prints what the trainer's losses and gradients are on one device and on eight.
 
@@ -280,6 +329,7 @@ def eight_devices(pairs: list[dict]) -> None:
             eight |= dict(rules=list(changed or ()))
             print(json.dumps(eight), flush=True)
     print(json.dumps(split_vae()), flush=True)
+    print(json.dumps(packed_rows()), flush=True)
 
 
 def test_eight_devices_compute_what_one_does(tmp_path):
@@ -299,7 +349,7 @@ def test_eight_devices_compute_what_one_does(tmp_path):
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
-    *found, vae = [json.loads(line) for line in done.stdout.splitlines()]
+    *found, vae, packed = [json.loads(line) for line in done.stdout.splitlines()]
     # Of two images of 32 x 24 pixels, of 8 x 6 latents, a chip computes a quarter of the rows of one.
     assert vae["encode"]["rows"] == [[1, 2], [1, 4], [1, 8]] == vae["decode"]["rows"], vae
     for part in vae.values():
@@ -308,7 +358,7 @@ def test_eight_devices_compute_what_one_does(tmp_path):
     [spread] = [line for line in found if line["rules"]]
     [usual] = [line for line in found if line["axes"] == spread["axes"] and not line["rules"]]
     assert spread["split"] > usual["split"] and spread["constraints"] > usual["constraints"]
-    for line in found:
+    for line in [*found, packed]:
         assert abs(line["loss"] - line["one"]) <= 1e-5 * abs(line["one"]), line
         assert line["gradients"] <= 1e-5 and line["as_declared"], line
         if {"fsdp", "tensor"} & line["axes"].keys():
