@@ -3,7 +3,7 @@
     refine-jax train --config configs/bagel_rvr_v5p_64.py --workdir runs/rvr --config.init_from=BAGEL-7B-MoT
 
 A row of 40 000 tokens a chip, 1.3 M tokens a step; the data lie under data/ as released (docs/regenerate.md).
-By the compiler: 57.3 of 95 GiB a chip (60 %), all that is trained is split, and gradients are scattered; a step takes
+By the compiler: 54.4 of 95 GiB a chip (57 %), all that is trained is split, and gradients are scattered; a step takes
 6.4 s or more, MFU 74 % at most (docs/pods.md).
 """
 
