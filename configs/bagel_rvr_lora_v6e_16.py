@@ -4,8 +4,8 @@
 
 The released recipe but for what is trained: queries, keys, values, output and the feed-forward layers of every decoder
 layer, without understanding data: answers are the base model's without the adapter. The file works with
-`Regenerator.load(…, lora=…)`. By the compiler: 15.0 of 32 GiB a chip (47 %), all that is trained is split, MFU
-62 % at most (docs/pods.md).
+`Regenerator.load(…, lora=…)`. By the compiler: 15.0 of 32 GiB a chip (47 %), weights and moments are split, MFU 62 %
+at most; six of the adapter's gradients are summed whole (docs/pods.md).
 """
 
 import ml_collections

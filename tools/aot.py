@@ -55,7 +55,6 @@ PROGRAMS = ("train", "sample")
 SAMPLER_STEPS = 8  # without guidance, as the Lightning adapters ask for it
 INSTRUCTION = 64  # tokens of a request's text besides the template's and the pictures'
 CROP = (1024, 1024)  # of a call of the sampler
-SMALL_SUM = 4 * 2**20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,8 +318,7 @@ def link_seconds(collective: hlo.Collective, mesh: jax.sharding.Mesh, chip: flop
 def unsplit(program: train.Program, module: hlo.Module) -> tuple[list[str], float]:
     """(names of large trained arrays, of their optimizer state and of gradients that are whole on a chip, bytes of
     trained state a chip): what is declared; and in the compiled program no result of a split array's whole shape, and
-    no sum over chips of a whole layer's gradient, where a reduce-scatter would do with half the traffic. Sums of less
-    than `SMALL_SUM` bytes do not count (of a layer's narrow adapters, say): the compiler joins several into one."""
+    no sum over chips of a whole layer's gradient, where a reduce-scatter would do with half the traffic."""
     ways = program.mesh.size // math.prod(program.mesh.shape[axis] for axis in ("slice", "data"))
     found, total = [], 0.0
     state = {"params": program.state.params, "opt_state": program.state.opt_state, "ema": program.state.ema}
@@ -331,12 +329,7 @@ def unsplit(program: train.Program, module: hlo.Module) -> tuple[list[str], floa
             found.append(jax.tree_util.keystr(path, simple=True, separator="/"))
     kinds = {"float32": "f32", "bfloat16": "bf16"}
     standing = module.buffers()
-    summed = {
-        shape
-        for one in module.work().collectives
-        for dtype, shape in one.shapes
-        if one.kind == "all-reduce" and hlo.size_of(dtype, shape) >= SMALL_SUM
-    }
+    summed = {shape for one in module.work().collectives if one.kind == "all-reduce" for _, shape in one.shapes}
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.params):
         split = leaf.sharding.shard_shape(leaf.shape) != leaf.shape
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -56,11 +56,11 @@ class Instruction:
 
     @property
     def bytes(self) -> float:
-        return sum(size_of(*array[:2]) for array in self.arrays)
+        return sum(_bytes(*array[:2]) for array in self.arrays)
 
     @property
     def hbm_bytes(self) -> float:
-        return sum(size_of(dtype, shape) for dtype, shape, in_hbm in self.arrays if in_hbm)
+        return sum(_bytes(dtype, shape) for dtype, shape, in_hbm in self.arrays if in_hbm)
 
     def called(self, key: str) -> list[str]:
         found = re.search(rf"\b{key}=(?:\{{([^}}]*)\}}|(%[\w.\-]+))", self.attributes)
@@ -222,7 +222,7 @@ class Module:
             return 2.0 * operands[1].hbm_bytes
         if kind.endswith("-start") and not kind.startswith(COLLECTIVES):
             # (copy, source, …) or ((source), slice, …): the smaller of the two moves.
-            moved = min(size_of(*array[:2]) for array in instruction.arrays[:2])
+            moved = min(_bytes(*array[:2]) for array in instruction.arrays[:2])
             ends = bool(operands[0].hbm_bytes) + (instruction.arrays[0 if kind == "copy-start" else 1][2])
             return moved * ends
         if kind != "fusion":
@@ -248,7 +248,7 @@ class Module:
             if output is not None and output.opcode == "dynamic-update-slice":
                 total += inner[output.operands[1]].bytes if output.operands[1] in inner else 0.0
             elif array[2] and index not in kept:
-                total += size_of(*array[:2])
+                total += _bytes(*array[:2])
         return total
 
     def _started(self, instruction: Instruction) -> bool | None:
@@ -372,8 +372,7 @@ def _closing(text: str) -> int:
     raise ValueError("unbalanced brackets in the text of the module")
 
 
-def size_of(dtype: str, shape: Sequence[int]) -> float:
-    """Bytes of an array, by the names of an HLO module."""
+def _bytes(dtype: str, shape: Sequence[int]) -> float:
     if dtype in ("token", "opaque"):
         return 0.0
     digits = re.search(r"\d+", dtype)
