@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from refine_jax import checkpoint, conditioning, flow, loading, losses, parallel, prompts
+from refine_jax import alignment, checkpoint, conditioning, flow, loading, losses, parallel, prompts
 from refine_jax.bagel import BagelModel
 from refine_jax.bagel_objective import bagel_objective
 from refine_jax.convert import lora as lora_files
@@ -23,7 +23,7 @@ from refine_jax.data import cache, loader, synth, world
 from refine_jax.data.records import Dataset, open_picture
 from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig, encode_images, encode_prompts, velocity
-from refine_jax.models.layers import init_lora, layer_norm, rotary_frequencies, scale_lora
+from refine_jax.models.layers import init_lora, rotary_frequencies, scale_lora
 from refine_jax.models.mmdit import MMDiTConfig, stack_blocks, unstack_blocks
 from refine_jax.models.qwen_vae import QwenVAE, VAEConfig
 from refine_jax.objective import LORA_FILE, Objective
@@ -36,8 +36,6 @@ _NO_BOUNDARY = ml_collections.FrozenConfigDict(dict(r_out=0, r_in=0, alpha=0.0))
 _SAMPLES = 20_000
 # Prompts of the small world that a tokenizer made for it has read.
 _WORDINGS = 4000
-# What is trained besides the model, and left out of it when it is written.
-ALIGNMENT = "alignment"
 
 
 def make(config: ml_collections.ConfigDict, model: ModelConfig | BagelModel | None = None) -> Objective:
@@ -139,10 +137,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     architecture, and what is frozen comes from the model `config.vae_from`. Trained are a LoRA of the MMDiT
     where `config.lora` gives rank, alpha, targets (an expression for the paths of its dense layers); otherwise the
     MMDiT, and the vision-language encoder too where `config.train_encoder` is set. Frozen weights and computation are
-    `config.dtype`, trained ones float32. `config.alignment` (block, weight) adds the cross entropy of the small world's
-    label map, read by one linear layer from what that block makes of the noisy picture: representation alignment (REPA,
-    arXiv:2410.06940), with labels in the place of a pretrained encoder's features. `config.remat`, `config.scan`: of
-    the MMDiT's blocks, by default as the model has them.
+    `config.dtype`, trained ones float32. `config.alignment` (block, weight): see `alignment`. `config.remat`,
+    `config.scan`: of the MMDiT's blocks, by default as the model has them.
     """
     adapter, data = config.get("lora"), config.data
     kinds = ("synth", "records", "cache", "world")
@@ -160,22 +156,20 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     if data.source not in (("synth", "records", "cache") if masked else ("world", "records")):
         raise RefineError(f"data.source {data.source!r}: has no pairs for conditioning {model.conditioning!r}")
     boundary = config.boundary if masked else _NO_BOUNDARY
-    alignment = config.get("alignment")
-    if alignment:
-        _check_alignment(alignment, data.source, model, bool(adapter))
-        cells = model.vae.spatial_ratio * model.mmdit.patch_size // loader.LABEL_CELL  # a side, of a token
+    aligned = config.alignment.to_dict() if config.get("alignment") else None
+    if aligned:
+        alignment.check(aligned, data.source, model, bool(adapter))
     boxed = model.boxed(frozen)
 
     def load(shardings: Any) -> Any:
         return read(frozen, shardings, config.dtype)
 
     def initial(shardings: Any) -> Any:
-        head = {ALIGNMENT: jax.device_put(label_head(), shardings[ALIGNMENT])} if alignment else {}
-        return read(trained, {name: shardings[name] for name in trained}, "float32") | head
-
-    def label_head() -> Any:
-        width = cells**2 * world.LABELS
-        return {"kernel": jnp.zeros((model.mmdit.width, width)), "bias": jnp.zeros(width)}
+        trees = read(trained, {name: shardings[name] for name in trained}, "float32")
+        if aligned:
+            head = alignment.read_head(source.folder, model)
+            trees[alignment.NAME] = jax.device_put(head, shardings[alignment.NAME])
+        return trees
 
     def read(names: tuple[str, ...], shardings: Any, dtype: str) -> Any:
         progress = bool(config.init_from)
@@ -193,7 +187,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         params = model.init(key, trained)
         if config.get("aligned_heads") and not config.init_from:
             params["mmdit"] = aligned_heads(params["mmdit"], model.mmdit, config.aligned_heads)
-        return params | ({ALIGNMENT: label_head()} if alignment else {})
+        return params | ({alignment.NAME: alignment.new_head(model)} if aligned else {})
 
     def adapters(params: Any) -> Any:
         return scale_lora(params["lora"], adapter.alpha / adapter.rank) if adapter else {}
@@ -213,7 +207,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         elif data.source == "world":
             kind = data.get("pairs", loader.WORLD_PAIRS[0])
             pairs = loader.world_batches(
-                split="train", weights=tuple(data.weights), pairs=kind, labels=bool(alignment), **common
+                split="train", weights=tuple(data.weights), pairs=kind, labels=bool(aligned), **common
             )
         elif not masked:
             pairs = loader.whole_batches(Dataset(data.path), max_corrupt=data.get("max_corrupt", 0.01), **common)
@@ -261,7 +255,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         )
         there = dict(has_image=shape(jnp.bool_))
         grid = lambda bucket: [side // loader.LABEL_CELL for side in bucket]
-        labels = lambda bucket: dict(labels=shape(jnp.uint8, *grid(bucket), world.LABELS)) if alignment else {}
+        labels = lambda bucket: dict(labels=shape(jnp.uint8, *grid(bucket), world.LABELS)) if aligned else {}
         whole = lambda bucket: there | labels(bucket)
         more = around if masked else whole
         return [pictures(bucket) | more(bucket) | dict(prompt=prompt) for bucket in buckets]
@@ -269,7 +263,6 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     def loss(params: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
         variables = {**frozen, **params}
         encoded = batch if "text" in batch else encode(model, variables, batch, boundary)
-        aligned = alignment.to_dict() if alignment else None
         return flow_loss(model, variables, adapters(params), encoded, key, config.sigma, boundary.alpha, aligned)
 
     def export(params: Any, frozen: Any, folder: Path) -> None:
@@ -288,6 +281,10 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
             trees["mmdit"] = stack_blocks(trees["mmdit"])
         if jax.process_index() == 0:
             source.write_tokenizer(folder / "tokenizer")
+        if aligned:
+            head = jax.tree.map(parallel.fetch, params[alignment.NAME])
+            if jax.process_index() == 0:
+                alignment.write_head(folder, head)
         checkpoint.save_model(folder, scanned(model).to_manifest(), trees)
 
     def sampler(params: Any, frozen: Any, mesh: jax.sharding.Mesh, rules: Any) -> Callable:
@@ -459,13 +456,12 @@ def flow_loss(
     key: jax.Array,
     sigma: Any,
     alpha: float,
-    alignment: Mapping[str, Any] | None = None,
+    aligned: Mapping[str, Any] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The boundary-weighted velocity error of what `encode` returned, at a random σ and noise: scalar, and its parts.
 
-    sigma: distribution and shift of σ (`flow.sample_sigma`). Without a band every location weighs 1. alignment: block
-    and weight of the label map's cross entropy (`refine_objective`): of `encoded["labels"]`, by
-    `variables["alignment"]`.
+    sigma: distribution and shift of σ (`flow.sample_sigma`). Without a band every location weighs 1. aligned: block
+    and weight of the label map's cross entropy (`alignment`): of `encoded["labels"]`, by `variables["alignment"]`.
     """
     z0 = encoded["target"].astype(jnp.float32)
     k_sigma, k_noise = jax.random.split(key)
@@ -477,8 +473,8 @@ def flow_loss(
     noise = jax.random.normal(k_noise, z0.shape, jnp.float32)
     x = flow.pack_latents(flow.noise_latents(z0, noise, levels), patch)
     inputs = (model, variables, lora, x, levels, context, encoded["text"], encoded["text_mask"])
-    if alignment:
-        prediction, features = velocity(*inputs, block=alignment["block"])
+    if aligned:
+        prediction, features = velocity(*inputs, block=aligned["block"])
     else:
         prediction = velocity(*inputs)
     target = flow.pack_latents(flow.velocity_target(z0, noise), patch)
@@ -490,31 +486,11 @@ def flow_loss(
         del parts["band"]
     channels = z0.shape[-1]
     total, parts = total / channels, {name: part / channels for name, part in parts.items()}
-    if alignment:
-        parts["alignment"] = _label_error(features, variables[ALIGNMENT], encoded["labels"], z0.shape[1] // patch)
-        total = total + alignment["weight"] * parts["alignment"]
+    if aligned:
+        head, rows = variables[alignment.NAME], z0.shape[1] // patch
+        parts["alignment"] = alignment.label_error(features, head, encoded["labels"], rows)
+        total = total + aligned["weight"] * parts["alignment"]
     return total, parts
-
-
-def _label_error(features: jax.Array, head: Any, labels: jax.Array, rows: int) -> jax.Array:
-    """Of tokens `features [B, N, D]` in `rows` rows, each of which is square cells of the label map."""
-    logits = layer_norm(features, 1e-6) @ head["kernel"] + head["bias"]
-    count, high, wide, kinds = labels.shape
-    per = high // rows
-    cells = labels.reshape(count, rows, per, wide // per, per, kinds).swapaxes(2, 3).reshape(count, -1, kinds)
-    return losses.label_loss(logits.reshape(count, -1, kinds), cells)
-
-
-def _check_alignment(alignment: Mapping[str, Any], source: str, model: ModelConfig, adapter: bool) -> None:
-    mmdit, side = model.mmdit, model.vae.spatial_ratio * model.mmdit.patch_size
-    if source != "world" or adapter:
-        raise RefineError("alignment: only the small world has labels, and a LoRA needs none; leave alignment out")
-    if mmdit.scan or not 0 <= alignment["block"] < mmdit.num_layers:
-        raise RefineError(
-            f"alignment.block {alignment['block']}: give one of 0 to {mmdit.num_layers - 1}, and scan=False"
-        )
-    if side % loader.LABEL_CELL:
-        raise RefineError(f"alignment: tokens of {side} pixels are not made of cells of {loader.LABEL_CELL}")
 
 
 def scanned(model: ModelConfig) -> ModelConfig:

@@ -12,9 +12,9 @@ import pytest
 import records_toy
 import toy
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from refine_jax import checkpoint, conditioning, flow, loading, objectives, parallel, prompts, regenerate
+from refine_jax import alignment, checkpoint, conditioning, flow, loading, objectives, parallel, prompts, regenerate
 from refine_jax.cli import main
 from refine_jax.data import loader, world
 from refine_jax.errors import RefineError
@@ -484,7 +484,7 @@ def test_blocks_of_a_model_gone_on_from_need_not_be_scanned(base, tmp_path):
 
 def test_features_learn_which_shape_is_where(base, tmp_path):
     """Representation alignment: what a block makes of the noisy picture is told the label map. What reads the labels is
-    trained with the rest, kept over a resume, and no part of the result."""
+    trained with the rest, kept over a resume, no part of the result, and taken up by a training that goes on."""
     config = configuration(base, scan=False, alignment=dict(block=1, weight=0.5), steps=4)
     config.data.text_to_image = 1.0
     assert objectives.make(config).batch_shapes()[0]["labels"].shape == (2, 8, 8, world.LABELS)
@@ -499,6 +499,20 @@ def test_features_learn_which_shape_is_where(base, tmp_path):
     assert rows[-1]["alignment"] < rows[0]["alignment"]
     before, after = (load_file(path / checkpoint.WEIGHTS) for path in (base, folder))
     assert before.keys() == after.keys()
+
+    further = ml_collections.ConfigDict(config.to_dict() | dict(init_from=str(folder)))
+    shardings = parallel.param_shardings(objectives.make(further).init(jax.random.key(0)), None)
+    taken = objectives.make(further).initial(shardings)["alignment"]
+    stored = load_file(folder / alignment.HEAD)
+    assert np.abs(stored["kernel"]).max() > 0
+    for name, value in stored.items():
+        np.testing.assert_array_equal(taken[name], value)
+    save_file({"kernel": stored["kernel"]}, folder / alignment.HEAD)
+    with pytest.raises(RefineError, match="alignment.safetensors: has .* expected .*bias.*; remove it"):
+        objectives.make(further).initial(shardings)
+    (folder / alignment.HEAD).write_bytes(b"torn")
+    with pytest.raises(RefineError, match="alignment.safetensors: cannot be read .*; remove it"):
+        objectives.make(further).initial(shardings)
 
     plain = objectives.make(configuration(base, scan=False))
     with contextlib.closing(objectives.make(config).batches()) as batches:
