@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from refine_jax import checkpoint, loading
+from refine_jax import alignment, checkpoint, loading
 from refine_jax.images import save_picture
 from refine_jax.model import ModelConfig
 
@@ -66,6 +66,8 @@ def main() -> None:
     about = f"trained by refine_jax: {made_by}; see training/ and ATTRIBUTION.md"
     checkpoint.save_model(output, {**model.to_manifest(), "about": about}, weights, dtype="float16")
     shutil.copytree(trained / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
+    if (trained / alignment.HEAD).is_file():  # a training that goes on from the package takes it up
+        shutil.copy(trained / alignment.HEAD, output / alignment.HEAD)
     training = output / "training"
     training.mkdir(exist_ok=True)
     for stage, workdir in runs.items():
