@@ -55,6 +55,14 @@ class Picture:
         """(width, height) in pixels."""
         return self.rgb.shape[1], self.rgb.shape[0]
 
+    def on_white(self) -> "Picture":
+        """The picture without alpha: on white where it is transparent, rounded to the nearest."""
+        if self.alpha is None:
+            return self
+        alpha = self.alpha[..., None].astype(np.uint16)
+        rgb = ((self.rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        return dataclasses.replace(self, rgb=rgb, alpha=None)
+
     def with_rgb(self, rgb: np.ndarray) -> Image.Image:
         """`rgb` ([H, W, 3] uint8) as a PIL image of this picture's kind: "RGB", "RGBA", "L" or "LA".
 

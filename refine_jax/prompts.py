@@ -259,7 +259,14 @@ def image_token_id(tokenizer: Any) -> int:
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text, without anything around it; special tokens that it spells are read as such."""
+    """Ids of a text, without anything around it; special tokens that it spells are read as such.
+
+    Raises `RefineError` for a text that is no Unicode, as undecodable bytes of a command line are.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RefineError("prompt: holds bytes that are not UTF-8, or half a surrogate pair; leave them out") from None
     if isinstance(tokenizer, tokenizers.Tokenizer):
         return tokenizer.encode(text, add_special_tokens=False).ids
     return tokenizer(text, add_special_tokens=False)["input_ids"]

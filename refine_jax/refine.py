@@ -388,7 +388,7 @@ class Refiner(serving.Door):
         Regions that share static shapes run as one batch, whatever their pictures; a result does not depend on its
         neighbours. All requests are read and checked before anything is computed.
         """
-        return self.run([self.read(**request) for request in requests], progress)
+        return self.run(serving.read_all(self.read, requests), progress)
 
     # ------------------------------------------------------------------------------------------------- reading requests
 
@@ -535,12 +535,7 @@ class Refiner(serving.Door):
         )
 
     def _given_noise(self, crop: Size, given: Any) -> Any:
-        if given is None:
-            return None
-        shape = self._noise_shape(crop)
-        if tuple(given.shape) != shape:
-            raise RefineError(f"noise of shape {tuple(given.shape)}: the crop's latents are {shape} (h, w, C)")
-        return given
+        return serving.read_noise(given, self._noise_shape(crop), "h, w, C of the crop")
 
     def _noise_shape(self, crop: Size) -> tuple[int, int, int]:
         return (*self.model.latent_size(crop), self.model.vae.z_dim)

@@ -141,12 +141,13 @@ class Regenerator(serving.Door):
         """Paint `image` anew so that it shows what `prompt` says; a PIL image of the size that `painted_size` and
         `side_step` give.
 
-        image: PIL image, path or `[H, W, 3] uint8`. rounds: the result is regenerated again, without leaving the
-        device; 0 returns the picture as it is. steps: points of the time grid, steps - 1 updates. text_cfg, image_cfg:
-        guidance by the context without the prompt and without the image; 1 is off, and without the text's there is no
-        image's. renorm, renorm_min: `flow.dual_cfg`; interval: the times lo < t <= hi at which guidance acts; shift: of
-        the time grid. noise: packed latent noise `[h·w, p·p·C] float32` of the first round, in place of the seed's.
-        Whatever is None is the model's own. progress: a bar on standard error.
+        image: PIL image, path or `[H, W, 3] uint8`, seen on white where it is transparent. rounds: the result is
+        regenerated again, without leaving the device; 0 returns the picture as it is seen. steps: points of the time
+        grid, steps - 1 updates. text_cfg, image_cfg: guidance by the context without the prompt and without the image;
+        1 is off, and without the text's there is no image's. renorm, renorm_min: `flow.dual_cfg`; interval: the times
+        lo < t <= hi at which guidance acts; shift: of the time grid. noise: packed latent noise `[h·w, p·p·C] float32`
+        of the first round, in place of the seed's. Whatever is None is the model's own. progress: a bar on standard
+        error.
 
         Raises `RefineError` for an unreadable picture, a prompt that is too long, settings out of range.
         """
@@ -214,7 +215,7 @@ class Regenerator(serving.Door):
         image: as in `regenerate`, None for a question alone. temperature: 0 takes the likeliest token each time,
         otherwise tokens are drawn, by the seed. Raises `RefineError` as `regenerate`, and for an MMDiT, which is mute.
         """
-        picture = None if image is None else images.read_picture(image)
+        picture = None if image is None else images.read_picture(image).on_white()
         max_tokens = limits.whole("max_tokens", max_tokens, (1, 16384))
         temperature = limits.number("temperature", temperature, (0.0, 100.0))
         seed = limits.whole("seed", seed, limits.SEED)
@@ -249,18 +250,18 @@ class Regenerator(serving.Door):
         Requests of one size and the same settings run as one batch; a result does not depend on its neighbours. All are
         read and checked before anything is computed.
         """
-        return self.run([self.read(**request) for request in requests], progress)
+        return self.run(serving.read_all(self.read, requests), progress)
 
     def generate_batch(self, requests: Sequence[Mapping[str, Any]], *, progress: bool = False) -> list[Image.Image]:
         """Several requests, each a dict of `generate`'s arguments; otherwise as `regenerate_batch`."""
-        return self.run([self.read_generation(**request) for request in requests], progress)
+        return self.run(serving.read_all(self.read_generation, requests), progress)
 
     # ------------------------------------------------------------------------------------------------- reading requests
 
     def read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> serving.Job:
         """One request, `regenerate`'s arguments, decoded and checked; nothing is computed."""
         rounds = limits.whole("rounds", rounds, limits.ROUNDS)
-        picture = images.read_picture(image)
+        picture = images.read_picture(image).on_white()
         width, height = picture.size
         size = bagel.fitted_size((height, width), self.model.vae_sides, self._side_step)
         seen = self.model.seen_size(size)
@@ -302,15 +303,10 @@ class Regenerator(serving.Door):
         renorm = given.get("renorm", model.renorm)
         if renorm not in limits.RENORMS:
             raise RefineError(f"renorm {renorm!r}: give one of {', '.join(limits.RENORMS)}")
-        interval = tuple(given.get("interval", model.interval))
-        if len(interval) != 2:
-            raise RefineError(f"interval {interval!r}: give two times (lo, hi) within 0 and 1")
-        interval = tuple(limits.number("interval", time, limits.TIME) for time in interval)
+        interval = _interval(given.get("interval", model.interval))
         seed = limits.whole("seed", given.get("seed", 0), limits.SEED)
-        noise = given.get("noise")
         shape = (grid[0] * grid[1], model.bagel.latent_dim)
-        if noise is not None and tuple(noise.shape) != shape:
-            raise RefineError(f"noise of shape {tuple(noise.shape)}: the packed latents are {shape}")
+        noise = serving.read_noise(given.get("noise"), shape, "h·w, p·p·C")
         ids = bagel.text_ids(self.tokenizer, text)
         text_guided = value["text_cfg"] > 1
         spec = BagelSpec(
@@ -384,7 +380,7 @@ class MMDiTRegenerator(Regenerator):
 
     def read(self, image: images.ImageLike, prompt: str, rounds: int = 1, **settings: Any) -> serving.Job:
         rounds = limits.whole("rounds", rounds, limits.ROUNDS)
-        picture = images.read_picture(image)
+        picture = images.read_picture(image).on_white()
         size = bucket_size(self.model.vae_area, picture.size[0] / picture.size[1], self._side_step)
         return self._mmdit_request(picture, prompt, rounds, size, settings)
 
@@ -414,9 +410,8 @@ class MMDiTRegenerator(Regenerator):
         ratio = size[1] / size[0]
         scale = given.get("text_cfg", model.true_cfg_scale)
         scale = limits.number("text_cfg", scale, limits.TEXT_CFG)
-        shape, noise = (*model.latent_size(size), model.vae.z_dim), given.get("noise")
-        if noise is not None and tuple(noise.shape) != shape:
-            raise RefineError(f"noise of shape {tuple(noise.shape)}: the latents are {shape} (h, w, C)")
+        shape = (*model.latent_size(size), model.vae.z_dim)
+        noise = serving.read_noise(given.get("noise"), shape, "h, w, C")
         encode = lambda text: prompts.encode_prompt(
             self.tokenizer,
             model.prompt,
@@ -505,11 +500,19 @@ def _sides(size: tuple[int, int], stride: int) -> tuple[int, int]:
     """(width, height), checked."""
     try:
         width, height = (int(side) for side in size)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RefineError(f"size {size!r}: give (width, height) in pixels") from None
     if any(side < stride or side % stride for side in (width, height)):
         raise RefineError(f"size {width}x{height}: give sides that are multiples of {stride}")
     return width, height
+
+
+def _interval(given: Any) -> tuple[float, float]:
+    try:
+        low, high = given
+    except (TypeError, ValueError):
+        raise RefineError(f"interval {given!r}: give two times (lo, hi) within 0 and 1") from None
+    return limits.number("interval", low, limits.TIME), limits.number("interval", high, limits.TIME)
 
 
 def _text(prompt: Any) -> str:

@@ -13,6 +13,7 @@ agree within the last bits.
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -130,6 +131,39 @@ class Door:
         return [
             job.finish([results[number, order] for order in range(len(job.rows))]) for number, job in enumerate(jobs)
         ]
+
+
+def read_noise(given: Any, shape: tuple[int, ...], axes: str) -> np.ndarray | None:
+    """A request's own noise as float32 of `shape`, None where there is none. axes: the shape in words, for messages.
+
+    Raises `RefineError` for another shape, and for what are no finite numbers.
+    """
+    if given is None:
+        return None
+    try:
+        found = np.asarray(given, np.float32)
+    except (TypeError, ValueError):
+        raise RefineError(f"noise: cannot use a {type(given).__name__}; give float32 {shape} ({axes})") from None
+    if found.shape != shape:
+        raise RefineError(f"noise of shape {found.shape}: the latents are {shape} ({axes})")
+    if not np.isfinite(found).all():
+        raise RefineError("noise: holds values that are not finite; draw it from a normal distribution")
+    return found
+
+
+def read_all(read: Callable[..., Job], requests: Iterable[Mapping[str, Any]]) -> list[Job]:
+    """All requests, each a dict of the arguments of `read`.
+
+    Raises `RefineError` for the first bad one, also one that is no dict, or lacks an argument, or has another's.
+    """
+    jobs = []
+    for number, request in enumerate(requests):
+        try:
+            inspect.signature(read).bind(**request)
+        except TypeError as error:
+            raise RefineError(f"request {number}: {error}; give a dict of one request's arguments") from None
+        jobs.append(read(**request))
+    return jobs
 
 
 def draw_noise(rows: Sequence[tuple[int, tuple[int, ...], Any]], shape: tuple[int, ...]) -> jax.Array:

@@ -157,6 +157,17 @@ BAD = {
     "margin": (["refine", *ALL, "--margin", "-3"], ("margin", "-3")),
     "cfg": (["refine", *ALL, "--true-cfg", "nan"], ("true_cfg_scale", "nan")),
     "feather": (["refine", *ALL, "--feather", "soft"], ("--feather", "soft")),
+    "regenerate without prompt": (["regenerate", *IMAGE], ("--prompt missing",)),
+    "regenerate without image": (["regenerate", *PROMPT], ("--image missing",)),
+    "regenerate nothing": (["regenerate", "--image", "none.png", *PROMPT], ("none.png", "no such file")),
+    "regenerate a text": (["regenerate", "--image", "../in/text.png", *PROMPT], ("text.png", "not a picture")),
+    "rounds": (["regenerate", *IMAGE, *PROMPT, "--rounds", "-1"], ("rounds -1",)),
+    "image guidance of an MMDiT": (["regenerate", *IMAGE, *PROMPT, "--image-cfg", "2"], ("image_cfg", "leave it out")),
+    "bytes for a prompt": (["regenerate", *IMAGE, "--prompt", "caf\udce9"], ("prompt", "UTF-8")),
+    "generate without prompt": (["generate"], ("--prompt",)),
+    "size in words": (["generate", *PROMPT, "--size", "large"], ("--size", "'large'")),
+    "size off the grid": (["generate", *PROMPT, "--size", "50x64"], ("50x64", "multiples of")),
+    "generate by a refiner": (["generate", *PROMPT, "--model", "MODEL"], ("regenerating", "refine")),
     "train without workdir": (["train", "--config", "x.py"], ("--workdir",)),
     "train without config": (["train", "--config", "x.py", "--workdir", "run"], ("x.py", "no such file")),
     "override without value": (
@@ -185,6 +196,7 @@ def test_bad_input(folder, model, capfd, case):
     words, expected = BAD[case]
     if words[:1] == ["refine"] and "--model" not in words:
         words = [*words, "--model", model, "--quiet"]
+    words = [model if word == "MODEL" else word for word in words]
     assert run(*words) == 2
     out, err = capfd.readouterr()
     assert not out and err.startswith("refine-jax: ") and err.count("\n") == 1 and err.endswith("\n"), err
@@ -222,8 +234,14 @@ def test_help_and_version_are_quick_and_name_every_command(capsys):
     assert run("--version") == 0 and "refine-jax" in capsys.readouterr().out
     assert run("--help") == 0
     text = capsys.readouterr().out
-    assert all(command in text for command in ("refine", "train", "evaluate"))
-    for command, option in (("refine", "--true-cfg"), ("train", "--workdir"), ("evaluate", "--count")):
+    assert all(command in text for command in ("refine", "regenerate", "generate", "train", "evaluate"))
+    for command, option in (
+        ("refine", "--true-cfg"),
+        ("regenerate", "--rounds"),
+        ("generate", "--size"),
+        ("train", "--workdir"),
+        ("evaluate", "--count"),
+    ):
         assert run(command, "--help") == 0
         assert option in capsys.readouterr().out
     # The help of a command line must not wait for jax.

@@ -13,18 +13,21 @@ import pytest
 import records_toy
 import test_bagel as reference
 import toy
+from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.numpy import load_file
 
-from refine_jax import bagel, bagel_objective, loading, objectives, recipes
+from refine_jax import bagel, bagel_objective, checkpoint, flow, loading, objectives, recipes
 from refine_jax.bagel import BagelModel
 from refine_jax.data import packing, sequences, world
 from refine_jax.data.packing import Bucket, Packing
 from refine_jax.data.sequences import Painted, Seen, Text
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig
-from refine_jax.models.flux_vae import FluxVAEConfig
+from refine_jax.models.bagel import patchify
+from refine_jax.models.flux_vae import FluxVAE, FluxVAEConfig, normalize
 from refine_jax.regenerate import Regenerator
 from refine_jax.train import train
 
@@ -138,6 +141,38 @@ def test_the_loss_of_a_row_is_the_authors():
     scale = float(jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))))
     difference = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), gradient, slope)
     assert float(jnp.sqrt(sum(jax.tree.leaves(difference)))) <= 1e-5 * scale
+
+
+def test_each_painted_picture_meets_its_own_latents():
+    """`packed_losses` of two rows with several pictures each: `row_losses` of latents that were made one by one."""
+    row = packed_row()
+    count = row["painted_pixels"].shape[0]
+    pixels = np.stack([[np.asarray(reference.picture(f"{b} {m}", *SIZE)) for m in range(count)] for b in range(2)])
+    batch = {name: jnp.asarray(np.stack([value] * 2)) for name, value in row.items()} | {"painted_pixels": pixels}
+    vae = jax.tree.map(
+        lambda x: 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), MODEL.abstract(("vae",))["vae"]
+    )
+    variables = {"bagel": reference.variables()["params"], "vae": vae}
+    key, sigma = jax.random.key(3), dict(distribution="logit_normal", shift=4.0)
+    found = jax.jit(lambda b: bagel_objective.packed_losses(MODEL, variables, {}, b, key, sigma))(batch)
+
+    k_vae, k_time, k_noise = jax.random.split(key, 3)
+    encode = jax.jit(lambda x: FluxVAE(VAE).apply({"params": vae}, x / 127.5 - 1.0, method="encode"))
+    clean = []
+    for b in range(2):
+        tokens = []
+        for m, one in enumerate(jax.random.split(k_vae, count)):
+            mean, log_variance = encode(jnp.asarray(pixels[b, m][None], jnp.float32))
+            drawn = jax.random.normal(one, (2, *mean.shape[1:]))[b]
+            z = normalize(mean[0] + jnp.exp(0.5 * log_variance[0]) * drawn, VAE)
+            tokens.append(patchify(z[None], MODEL.bagel)[0])
+        clean.append(jnp.concatenate(tokens))
+    clean = jnp.stack(clean)
+    assert float(jnp.abs(clean[0, :4] - clean[0, 4:8]).max()) > 0.1
+    t, noise = flow.sample_sigma(k_time, (2, count), **sigma), jax.random.normal(k_noise, clean.shape)
+    expected = jax.jit(lambda b: bagel_objective.row_losses(MODEL, variables, {}, b, clean, noise, t))(batch)
+    for name in ("mse", "ce"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------------- packing
@@ -441,6 +476,10 @@ def test_pictures_that_cannot_be_read_are_counted(released, tmp_path):
 def test_it_is_trained_whole_and_by_lora(tmp_path):
     """From scratch; what comes out paints, and is the base of an adapter."""
     folder = train(configuration(), tmp_path / "run", progress=False)
+    frozen = objectives.make(configuration()).load({"vae": None})["vae"]
+    written = load_file(folder / checkpoint.WEIGHTS)
+    for path, value in traverse_util.flatten_dict(frozen, sep="/").items():
+        np.testing.assert_array_equal(written[f"vae/{path}"], value)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(line["loss"] == pytest.approx(line["mse"] + 0.25 * line["ce"], rel=1e-5) for line in lines)
@@ -448,11 +487,14 @@ def test_it_is_trained_whole_and_by_lora(tmp_path):
 
     lora = dict(rank=2, alpha=4.0, targets="decoder/layers/(und|gen)/(q|o)_proj")
     config = configuration(init_from=str(folder), model={}, lora=lora, ema_decay=0.0)
+    config.optimizer.update(learning_rate=0.1, warmup=0)  # two steps are to be seen
     out = train(config, tmp_path / "lora", progress=False)
     loaded = loading.load(folder, adapters=out / objectives.LORA_FILE)
     leaves = jax.tree.leaves(loaded.lora["bagel"])
-    assert leaves and all(np.isfinite(leaf).all() for leaf in leaves)
-    assert Regenerator.load(folder, lora=out / objectives.LORA_FILE).generate("a", (64, 64), steps=2).size == (64, 64)
+    assert leaves and all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in leaves)  # b begins as zeros
+    adapted = Regenerator.load(folder, lora=out / objectives.LORA_FILE).generate("a", (64, 64), steps=2)
+    assert adapted.size == (64, 64)
+    assert adapted.tobytes() != Regenerator.load(folder).generate("a", (64, 64), steps=2).tobytes()
 
 
 def test_settings_that_do_not_go_together_are_refused(tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import subprocess
+import sys
 import zlib
 
 import jax
@@ -132,6 +134,53 @@ def test_the_sampler_paints_what_the_authors_paint(name):
     assert np.abs(ours.astype(int) - picture).max() <= 1
 
 
+class Letters:
+    """A tokenizer of the words that the authors' numbers were made with."""
+
+    def token_to_id(self, mark: str) -> int | None:
+        return dict(zip(bagel.MARKS, MARKS)).get(mark)
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": reference.encode(text)}
+
+
+def test_the_door_paints_what_the_authors_paint():
+    regenerator = Regenerator(MODEL, weights(), Letters())
+    with np.load(reference.DATA / "rvr_sampler.npz") as stored:
+        noise = {name: reference.noise("sampler " + name, *stored[f"x {name}"].shape) for name in CASES}
+        regenerated, generated = stored["picture rvr"], stored["picture generate"]
+    common = dict(steps=50, text_cfg=4.0, shift=3.0, renorm_min=0.0)
+    released = dict(image_cfg=2.0, renorm="text_channel", interval=(0.0, 1.0))
+    picture = photo("rvr", CASES["rvr"]["image"])
+    ours = regenerator.regenerate(picture, "two red cups", noise=noise["rvr"], **common, **released)
+    assert ours.size == regenerated.shape[1::-1]
+    assert np.abs(np.asarray(ours, int) - regenerated).max() <= 1
+    ours = regenerator.generate(TEXT, (64, 48), noise=noise["generate"], **common)
+    assert np.abs(np.asarray(ours, int) - generated).max() <= 1
+
+
+def test_guided_sampling_from_the_cache_equals_recomputing_the_whole_sequence():
+    """Three updates led by both contexts, against sequences that are read anew at every update."""
+    (_, system), (_, (name, *size)), (_, prompt) = reference.CONTEXTS["full"]
+    times = bagel.time_grid(4, 3.0)
+    noise = reference.noise("x", 12, 16)
+
+    @jax.jit
+    def cached(variables: dict) -> jax.Array:
+        pixels = reference.picture(name, *size)[None].astype(np.float32)
+        texts = words(system), pixels, words(prompt)
+        context = bagel.read_prefix(MODEL, variables, {}, MARKS, *texts, drop_text=True, drop_image=True)
+        guidance = Guidance(times, 4.0, 2.0, "text_channel", 0.0, (0.0, 1.0))
+        return bagel.paint(MODEL, variables, {}, MARKS, context, noise[None], reference.TARGET, guidance)
+
+    x, contexts = noise, [reference.CONTEXTS[kind] for kind in ("full", "text-dropped", "image-dropped")]
+    for t, following in zip(times, times[1:]):
+        parts = np.split(reference.recomputed(contexts, x, t), 3)
+        x = x + (following - t) * np.asarray(flow.dual_cfg(*parts, 4.0, 2.0, "text_channel"))[0]
+    assert reference.relative(cached(weights())[0], x) <= 1e-5
+    assert reference.relative(x, noise) > 0.1
+
+
 @given(
     size=st.tuples(st.integers(1, 4000), st.integers(1, 4000)),
     sides=st.sampled_from([((1024, 512), 16), ((980, 224), 14), ((80, 32), 16)]),
@@ -232,6 +281,33 @@ def test_a_request_depends_on_itself_alone():
     assert together[0].tobytes() != together[1].tobytes()
 
 
+def test_latents_do_not_depend_on_neighbours_and_padding():
+    """Alone, and beside a longer prompt with other guidance, in a longer bucket."""
+    requests = [
+        dict(image=photo("a", (60, 90)), prompt="two red cups", seed=1),
+        dict(image=photo("b", (60, 90)), prompt="a much longer prompt " * 3, seed=2, text_cfg=2.0, image_cfg=1.2),
+    ]
+    regenerator = door()
+    rows = [regenerator.read(**request).rows[0] for request in requests]
+    spec, system = rows[0].bucket.base[0], bagel.text_ids(regenerator.tokenizer, regenerator.model.system)
+
+    def latents(rows: list, length: int) -> np.ndarray:
+        inputs = dict(
+            prompt=regenerate._padded([row.ids for row in rows], length),
+            system=regenerate._padded([system] * len(rows), len(system)),
+            text_cfg=np.array([row.text_cfg for row in rows], np.float32),
+            image_cfg=np.array([row.image_cfg for row in rows], np.float32),
+            pictures=np.stack([np.asarray(bagel.painted(row.picture.rgb, None, spec.size)) for row in rows]),
+            noise=np.stack([reference.noise(f"row {row.seed}", 15, 16) for row in rows]),
+        )
+        static = dict(model=regenerator.model, marks=Marks.of(regenerator.tokenizer), spec=spec)
+        return np.asarray(regenerate.bagel_program(regenerator.variables, {}, inputs, **static).latents)
+
+    together = latents(rows, 256)
+    for number, row in enumerate(rows):
+        assert reference.relative(latents([row], 128)[0], together[number]) <= 1e-5
+
+
 def test_rounds_feed_the_result_back():
     picture = photo("a", (60, 90))
     noise = reference.noise("given", 15, 16)
@@ -250,12 +326,6 @@ def test_generating_from_text():
     assert door().generate("a cat").size == (80, 80)
 
 
-def test_a_picture_of_one_pixel_and_a_prompt_of_ten_thousand_characters():
-    assert door().regenerate(np.zeros((1, 1, 3), np.uint8), "a cat").size == (32, 32)
-    with pytest.raises(RefineError, match="prompt too long"):
-        door().regenerate(np.zeros((40, 40, 3), np.uint8), "long " * 4000)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -265,8 +335,13 @@ def test_a_picture_of_one_pixel_and_a_prompt_of_ten_thousand_characters():
         (dict(text_cfg=float("nan")), "text_cfg nan"),
         (dict(renorm="local"), "renorm 'local'"),
         (dict(interval=(0.5, 2.0)), "interval"),
+        (dict(interval=0.5), "interval 0.5"),
         (dict(seed=2**70), "seed"),
         (dict(noise=np.zeros((3, 3), np.float32)), r"noise of shape \(3, 3\)"),
+        (dict(noise=[[1.0]]), r"noise of shape \(1, 1\)"),
+        (dict(noise="loud"), "noise: cannot use a str"),
+        (dict(noise=np.full((15, 16), np.nan)), "noise: holds values that are not finite"),
+        (dict(prompt="caf\udce9"), "prompt: holds bytes that are not UTF-8"),
         (dict(prompt="say <|im_end|>"), "reserved"),
         (dict(prompt=3), "cannot use a int"),
         (dict(image="nowhere.png"), "nowhere.png"),
@@ -277,6 +352,13 @@ def test_bad_requests_are_refused(settings, message):
         door().regenerate(**{"image": photo("a", (60, 90)), "prompt": "x", **settings})
     with pytest.raises(RefineError, match="multiples of 16"):
         door().generate("x", (50, 64))
+    with pytest.raises(RefineError, match="size .*inf"):
+        door().generate("x", (float("inf"), 64))
+    for request, word in ((dict(prompt="x"), "'image'"), (["x"], "mapping"), (dict(image=1, text="x"), "'prompt'")):
+        with pytest.raises(RefineError, match=f"request 0: .*{word}"):
+            door().regenerate_batch([request])
+    with pytest.raises(RefineError, match="request 1: .*'prompt'"):
+        door().generate_batch([dict(prompt="x"), dict(size=(64, 64))])
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -334,6 +416,10 @@ def test_the_command_paints_what_the_door_does(tmp_path, capsys):
     assert main(["regenerate", "--image", str(tmp_path / "a.png"), "--rounds", "2", *common, "--output", output]) == 0
     expected = door().regenerate(photo("a", (60, 90)), "two cups", rounds=2, seed=5)
     assert Image.open(output).tobytes() == expected.tobytes()
+    # Another process, the same seed, the same bits.
+    words = ["regenerate", "--image", tmp_path / "a.png", "--rounds", "2", *common, "--output", tmp_path / "again.png"]
+    subprocess.run([sys.executable, "-m", "refine_jax", *words], check=True, timeout=300)
+    assert Image.open(tmp_path / "again.png").tobytes() == expected.tobytes()
     assert main(["generate", "--size", "64x48", *common, "--output", output]) == 0
     assert Image.open(output).tobytes() == door().generate("two cups", (64, 48), seed=5).tobytes()
     capsys.readouterr()
@@ -341,13 +427,16 @@ def test_the_command_paints_what_the_door_does(tmp_path, capsys):
     assert "regenerates whole pictures" in capsys.readouterr().err
 
 
-def test_the_mmdit_behind_the_same_door(tmp_path):
-    tokenizer = ModelConfig.byte_tokenizer()
-    template = prompts.for_tokenizer(prompts.TEMPLATES["rvr-inference"], tokenizer)
+def mmdit() -> tuple[ModelConfig, dict]:
+    """A small MMDiT that regenerates, and weights for it."""
+    template = prompts.for_tokenizer(prompts.TEMPLATES["rvr-inference"], ModelConfig.byte_tokenizer())
     areas = dict(vae_area=32 * 32, condition_area=32 * 32)
     model = dataclasses.replace(toy.model_config(), conditioning="rvr", prompt=template, steps=2, **areas)
-    folder = saved(tmp_path / "model", model, toy.random_variables(model, 3))
-    regenerator = Regenerator.load(folder)
+    return model, toy.random_variables(model, 3)
+
+
+def test_the_mmdit_behind_the_same_door(tmp_path):
+    regenerator = Regenerator.load(saved(tmp_path / "model", *mmdit()))
     requests = [
         dict(image=photo("a", (40, 40)), prompt="two red cups", seed=1, rounds=2),
         dict(image=photo("b", (41, 41)), prompt="一只猫", seed=2, rounds=2),
@@ -369,6 +458,71 @@ def test_the_mmdit_behind_the_same_door(tmp_path):
         regenerator.generate("a cat", (33, 33))
     with pytest.raises(RefineError, match="regenerating: this model has conditioning 'refine'"):
         Regenerator.load(loading.resolve("tiny"))
+
+
+@pytest.fixture(scope="module")
+def carriers(tmp_path_factory):
+    """A folder and a door of each: BAGEL, and the MMDiT."""
+    found = {}
+    for name, model in (("bagel", (door().model, door().variables)), ("mmdit", mmdit())):
+        folder = saved(tmp_path_factory.mktemp("carriers") / name, *model)
+        found[name] = folder, Regenerator.load(folder)
+    return found
+
+
+TRANSPARENT = np.concatenate([photo("a", (60, 90)), np.full((60, 90, 1), 40, np.uint8)], axis=-1)
+UNUSUAL = {
+    "Chinese": dict(prompt="一只黑色的猫和三个苹果"),
+    "empty": dict(prompt=""),
+    "one pixel": dict(image=np.full((1, 1, 3), 90, np.uint8)),
+    "no rounds": dict(rounds=0),
+    "transparent": dict(image=Image.fromarray(TRANSPARENT, "RGBA")),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+@pytest.mark.parametrize("carrier", ["bagel", "mmdit"])
+def test_unusual_requests(carriers, carrier, case, tmp_path):
+    """By the door and by the command, to the bit; what is transparent is seen on white."""
+    folder, regenerator = carriers[carrier]
+    request = {"image": photo("a", (60, 90)), "prompt": "two red cups", "seed": 3, **UNUSUAL[case]}
+    result = regenerator.regenerate(**request)
+    before = request["image"] if isinstance(request["image"], Image.Image) else Image.fromarray(request["image"])
+    before.save(tmp_path / "in.png")
+    words = ["--rounds", str(request.get("rounds", 1)), "--seed", "3", "--prompt", request["prompt"]]
+    paths = ["--image", str(tmp_path / "in.png"), "--output", str(tmp_path / "out.png"), "--model", str(folder)]
+    assert main(["regenerate", *paths, *words, "--quiet"]) == 0
+    found = Image.open(tmp_path / "out.png")
+    assert found.mode == result.mode == "RGB" and found.tobytes() == result.tobytes()
+    if case == "no rounds":
+        assert result.tobytes() == before.tobytes()
+    elif case == "transparent":
+        white = Image.alpha_composite(Image.new("RGBA", before.size, "white"), before).convert("RGB")
+        close = np.abs(np.asarray(white, int) - np.asarray(regenerator.regenerate(before, "x", rounds=0))).max()
+        assert close <= 1  # Pillow rounds its own way
+        hidden = before.copy()
+        hidden.putalpha(255)
+        assert result.tobytes() != regenerator.regenerate(**{**request, "image": hidden}).tobytes()
+    else:
+        assert result.tobytes() != regenerator.regenerate(photo("b", (60, 90)), "a dog", seed=3).tobytes()
+        assert np.asarray(result).std() > 5
+    if case in ("Chinese", "empty"):
+        generated = regenerator.generate(request["prompt"], (32, 32), seed=3)
+        assert main(["generate", "--size", "32x32", *paths[2:], *words[2:], "--quiet"]) == 0
+        assert Image.open(tmp_path / "out.png").tobytes() == generated.tobytes()
+
+
+def test_a_prompt_of_ten_thousand_characters(carriers, tmp_path, monkeypatch, capsys):
+    """Painted where the model has room for it, and otherwise refused in one line that says what to do."""
+    Image.fromarray(photo("a", (60, 90))).save(tmp_path / "in.png")
+    monkeypatch.chdir(tmp_path)
+    folder, regenerator = carriers["bagel"]
+    assert regenerator.regenerate("in.png", "one cup   " * 1000, steps=2, text_cfg=1.0).size == (80, 48)
+    for name, text in (("bagel", "two cups " * 2000), ("mmdit", "one cup   " * 1000)):
+        words = ["--image", "in.png", "--prompt", text, "--model", str(carriers[name][0]), "--quiet"]
+        assert main(["regenerate", *words]) == 2
+        said = capsys.readouterr().err
+        assert "prompt too long" in said and said.count("\n") == 1 and not (tmp_path / "regenerated.png").exists()
 
 
 def test_a_model_that_is_shown_latents_too():

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 
 import jax
@@ -22,7 +23,7 @@ from refine_jax.evaluate import small_world
 from refine_jax.model import ModelConfig, decode_latents, encode_images, encode_prompts, velocity
 from refine_jax.models.mmdit import image_positions, text_start
 from refine_jax.models.qwen_vl_config import merged_tokens
-from refine_jax.refine import Refiner
+from refine_jax.refine import Refiner, generate
 from refine_jax.regenerate import MMDiTSpec, mmdit_program
 from refine_jax.train import train
 
@@ -149,6 +150,31 @@ def test_the_sampler_is_a_loop_of_velocities(kind, tokenizer, variables):
         picture = found.rounds[number].astype(jnp.float32)
     np.testing.assert_array_equal(found.pictures, found.rounds[1])
     assert (np.asarray(found.rounds[0]) != np.asarray(found.rounds[1])).mean() > 0.3
+
+
+def test_latents_do_not_depend_on_neighbours_and_padding(tokenizer, variables):
+    """Two requests at once, and each alone with prompts padded to twice the length."""
+    model = short("rvr")
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def latents(inputs: dict) -> jax.Array:
+        views = jax.vmap(lambda picture, box: conditioning.view(picture, box, model.vl_sizes(1.0)))
+        read = [views(inputs["pictures"], inputs["box"])]
+        return generate(model, variables, {}, {**inputs, "noise": inputs["noise"][0]}, [], [], read)[0]
+
+    inputs = inputs_of(model, tokenizer, pictures(), 1)
+    together = latents(inputs)
+    for k in range(2):
+        alone = {
+            name: value if name == "sigmas" else value[:, k : k + 1] if name == "noise" else value[k : k + 1]
+            for name, value in inputs.items()
+            if name not in ("prompt", "negative")
+        }
+        for name in ("prompt", "negative"):
+            padded = lambda x: np.pad(x[k : k + 1], [(0, 0), (0, LENGTH), *[(0, 0)] * (x.ndim - 2)])  # noqa: B023
+            alone[name] = {part: padded(np.asarray(x)) for part, x in inputs[name].items()}
+        difference = np.asarray(latents(alone)[0] - together[k])
+        assert np.linalg.norm(difference) <= 1e-5 * np.linalg.norm(together[k])
 
 
 def test_no_rounds_give_the_picture_back(tokenizer, variables):

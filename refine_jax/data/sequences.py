@@ -205,11 +205,7 @@ class Files:
 
 def on_white(image: ImageLike) -> np.ndarray:
     """A picture's colours, `[H, W, 3] uint8`, on white where it is transparent, as the released loader has them."""
-    picture = read_picture(image)
-    if picture.alpha is None:
-        return picture.rgb
-    alpha = picture.alpha[..., None].astype(np.uint16)
-    return ((picture.rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return read_picture(image).on_white().rgb
 
 
 def parquet(path: Path, root: Path, task: str, wording: Wording, **checks: Any) -> Files:
