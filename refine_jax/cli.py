@@ -244,7 +244,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 def _refine(args: argparse.Namespace) -> None:
     from refine_jax import examples
-    from refine_jax.images import check_output, read_picture, save_picture
+    from refine_jax.images import check_output, each_region, read_picture, save_picture
 
     given = [args.image, args.mask or args.box, args.prompt]
     if any(given) and not all(given):
@@ -264,6 +264,10 @@ def _refine(args: argparse.Namespace) -> None:
         check_output(compare, name="--compare")
     regions = args.mask or args.box or request.region
     reference = args.reference or (request.reference if request else None)
+    for _ in each_region(regions, picture.size)[1]:
+        pass  # what is wrong is said before the weights are read
+    if reference:
+        read_picture(reference, "reference")
 
     from refine_jax.refine import Refiner
 

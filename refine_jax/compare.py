@@ -90,10 +90,8 @@ def before_after(picture: images.Picture, result: Image.Image, regions: Any, ref
             for image, when in ((before, "before"), (after, "after"))
         ]
         if shown is not None:
-            read = images.read_picture(shown, "reference")
-            panels.append(
-                _captioned(_fit(_flat(read.with_rgb(read.rgb)), (_CELL[0], _CELL[1] // 2)), f"reference{name}")
-            )
+            read = Image.fromarray(images.read_picture(shown, "reference").on_white().rgb)
+            panels.append(_captioned(_fit(read, (_CELL[0], _CELL[1] // 2)), f"reference{name}"))
         # One wide region: before above after, each as large as it can be.
         wide = around[2] - around[0] >= 1.5 * (around[3] - around[1])
         rows.append(_joined(panels, across=len(boxes) > 1 or not wide))

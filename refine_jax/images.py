@@ -257,7 +257,7 @@ def read_mask(source: ImageLike, size: tuple[int, int], name: str = "mask") -> n
             )
         source = np.where(source != 0, np.uint8(255), np.uint8(0))
     image, name = _open(source, name)
-    mask = _decoded(lambda: _painted(_eight_bits(image)), name)
+    mask = _decoded(lambda: _painted(_scaled_grey(image)), name)
     if not mask.any():
         raise RefineError(f"{name}: the mask is empty; paint the region to refine in white")
     if image.size != size:
@@ -269,6 +269,14 @@ def read_mask(source: ImageLike, size: tuple[int, int], name: str = "mask") -> n
             )
     most = int(mask.max())
     return mask if most == 255 else ((mask.astype(np.uint16) * 255 + most - 1) // most).astype(np.uint8)
+
+
+def _scaled_grey(image: Image.Image) -> Image.Image:
+    """Integers and floats of a mask as 8 bits, the greatest 255, what is not zero rounded up; other modes unchanged."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.clip(np.nan_to_num(np.asarray(image, np.float64), posinf=0.0), 0.0, None)
+    return Image.fromarray(np.ceil(values * (255.0 / (values.max(initial=0.0) or 1.0))).clip(0, 255).astype(np.uint8))
 
 
 def _painted(image: Image.Image) -> np.ndarray:
@@ -323,9 +331,12 @@ def each_region(regions: Any, size: tuple[int, int]) -> tuple[int, Iterator[np.n
     """How many regions `Refiner.refine` was given, in a picture of `size` (width, height), and their masks `[H, W]
     uint8`, one by one: each is as large as the picture.
 
-    A mask (`read_mask`), a box (`box_mask`), or a list of them. Raises `RefineError` for an empty list; the iterator
-    does, as those.
+    A mask (`read_mask`), a box (`box_mask`), or a list of them; boxes also as an array `[N, 4]`, unless it is uint8 or
+    a mask of the picture's size. Raises `RefineError` for an empty list; the iterator does, as those.
     """
+    if isinstance(regions, np.ndarray) and regions.shape[1:] == (4,) and regions.shape != size[::-1]:
+        if regions.dtype.kind in "iuf" and regions.dtype != np.uint8:
+            regions = list(regions)
     if _is_box(regions) or not isinstance(regions, (tuple, list)):
         regions = [regions]
     if not regions:

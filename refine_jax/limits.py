@@ -9,7 +9,7 @@ from refine_jax.errors import RefineError
 SEED = (-(2**63), 2**63 - 1)
 STEPS = (1, 1000)
 ROUNDS = (0, 100)
-SCALE = (0.0, math.inf)  # of true classifier-free guidance
+SCALE = (0.0, 1e3)  # of true classifier-free guidance
 MARGIN = (0.0, math.inf)  # pixels
 TEXT_CFG = IMAGE_CFG = (0.0, 1e3)
 RENORM_MIN = (0.0, 1.0)

@@ -91,7 +91,7 @@ def load(
     check_kind(quantize)
     given = _adapters(adapters)
     sizes = dict(vae_area=vae_area, condition_area=condition_area, vae_sides=vae_sides, vit_sides=vit_sides)
-    settings = {name: value for name, value in sizes.items() if value}
+    settings = {name: value for name, value in sizes.items() if value is not None}
     source = open_model(model, weights=weights, dtype=dtype, param_dtype=dtype, **settings)
     config = quantized(source.config, quantize)
     if isinstance(config, BagelModel):

@@ -38,6 +38,7 @@ WIDE_TEXT_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4
 # Widths over heights of focus crops where few programs are to serve all: a factor of the square root of two apart.
 ASPECTS = tuple(2 ** (k / 2) for k in range(-6, 7))
 _KEPT = 64  # encoded references
+_ASPECT = 16  # of a crop and of a reference, at most
 _COVERED = 400_000_000  # pixels of a request's regions, each of which is kept until it is pasted
 
 
@@ -413,7 +414,7 @@ class Refiner(serving.Door):
         count, masks = images.each_region(mask_or_box, picture.size)
         texts = _per_region(prompt, count, "prompt", str)
         shown = [
-            None if r is None else self._shown(images.read_picture(r, "reference"))
+            None if r is None else self._shown(images.read_picture(r, "reference").on_white())
             for r in _per_region(reference, count, "reference", (str, os.PathLike, Image.Image, np.ndarray, type(None)))
         ]
         noises = _per_region(noise, count, "noise", (np.ndarray, jax.Array, type(None)))
@@ -436,9 +437,12 @@ class Refiner(serving.Door):
                 aspect = min(self.aspects, key=lambda a: abs(math.log(a / ratio)))  # noqa: B023
                 box, ratio = grown(box, aspect, picture.size), aspect
             crop = model.vae_size(ratio)
-            if max(crop) > 16 * min(crop):
+            if max(crop) > _ASPECT * min(crop):
+                whole = box.tolist() == [0, 0, *picture.size]
+                remedy = "cut the picture up" if whole else "give a larger margin"
                 raise RefineError(
-                    f"{picture.name}: the region to refine is {ratio:.3g} times as wide as high; give a larger margin"
+                    f"{picture.name}: what is to be refined is {ratio:.3g} times as wide as high, more than {_ASPECT} "
+                    f"to 1; {remedy}"
                 )
             covered += int(box[2] - box[0]) * int(box[3] - box[1])
             if covered > max(_COVERED, picture.rgb.size // 3):
@@ -495,6 +499,10 @@ class Refiner(serving.Door):
 
     def _shown(self, picture: images.Picture) -> _Shown:
         ratio = picture.size[0] / picture.size[1]
+        if not 1 / _ASPECT <= ratio <= _ASPECT:
+            raise RefineError(
+                f"{picture.name}: is {ratio:.3g} times as wide as high, more than {_ASPECT} to 1; cut out what matters"
+            )
         size, views = self.model.vae_size(ratio), self.model.vl_sizes(ratio)
         tokens = math.prod(self.model.latent_size(size)) // self._patch_area
         digest = hashlib.blake2b(np.ascontiguousarray(picture.rgb).data, digest_size=16).digest()

@@ -10,6 +10,7 @@ from PIL import Image
 
 from refine_jax import cli, focus
 from refine_jax.errors import RefineError
+from refine_jax.images import read_picture
 
 WIDTH, HEIGHT = 72, 56
 
@@ -58,7 +59,7 @@ def alpha_of(boxes) -> np.ndarray:
     for x1, y1, x2, y2 in boxes:
         mask = np.zeros((HEIGHT, WIDTH), np.uint8)
         mask[y1:y2, x1:x2] = 255
-        crop = focus.focus_box(np.array([x1, y1, x2, y2]), WIDTH, HEIGHT, margin=24.0)
+        crop = focus.focus_box(np.array([x1, y1, x2, y2]), WIDTH, HEIGHT, margin=20.0)
         weights.append(np.asarray(focus.feather(mask, crop)))
     return np.max(weights, axis=0)
 
@@ -90,6 +91,46 @@ def test_modes_regions_and_compare(folder, model, capsys, mode, quiet):
     assert (after != before).any(axis=-1 if after.ndim == 3 else ()).sum() > 100
     with Image.open("both.png") as both:
         assert both.width > WIDTH
+
+
+UNUSUAL = {
+    "16 bits": ("I;16", "png"),
+    "palette": ("P", "png"),
+    "CMYK": ("CMYK", "tiff"),
+    "JPEG": ("RGB", "jpg"),
+    "WebP": ("RGB", "webp"),
+    "turned": ("RGB", "png"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_unusual_pictures(folder, model, case):
+    """What is not refined is the upright 8-bit sRGB picture; a 16-bit mask of another size counts from 1 on."""
+    mode, suffix = UNUSUAL[case]
+    inputs, name = folder.parent / "in", f"unusual.{suffix}"
+    made, extra = picture("L" if mode == "I;16" else "RGB"), {}
+    if mode == "I;16":
+        made = Image.fromarray(np.asarray(made).astype(np.uint16) * 257)
+    elif mode != "RGB":
+        made = made.convert(mode)
+    if case == "turned":
+        extra["exif"] = Image.Exif()
+        extra["exif"][0x0112] = 6
+        made = made.transpose(Image.Transpose.ROTATE_90)
+    made.save(inputs / name, **extra)
+    label = np.zeros((HEIGHT * 2, WIDTH * 2), np.uint16)
+    label[40:60, 48:80] = 1
+    Image.fromarray(label).save(inputs / "label.png")
+    words = ["--mask", inputs / "label.png", *PROMPT, "--model", model, "--steps", "1", "--true-cfg", "1", "--quiet"]
+    assert run("refine", "--image", inputs / name, *words) == 0
+    before = read_picture(inputs / name)
+    with Image.open("refined.png") as result:
+        assert result.size == before.size == (WIDTH, HEIGHT)
+        assert result.mode == ("L" if mode == "I;16" else "RGB")
+        after = np.asarray(result.convert("RGB"))
+    background = alpha_of([(24, 20, 40, 30)]) == 0
+    np.testing.assert_array_equal(after[background], before.rgb[background])
+    assert (after != before.rgb).any(axis=-1).sum() > 100
 
 
 def test_the_seed_decides(folder, model):
@@ -140,6 +181,11 @@ BAD = {
     "image a folder": (["refine", "--image", "../in", *MASK, *PROMPT], ("../in", "folder")),
     "image a text": (["refine", "--image", "../in/text.png", *MASK, *PROMPT], ("text.png", "not a picture")),
     "image cut off": (["refine", "--image", "../in/half.png", *MASK, *PROMPT], ("half.png", "truncated")),
+    "image a bomb": (["refine", "--image", "../in/bomb.png", *MASK, *PROMPT], ("bomb.png", "scale it down")),
+    "mask missing": (["refine", *IMAGE, "--mask", "none.png", *PROMPT], ("mask", "none.png", "no such file")),
+    "mask cut off": (["refine", *IMAGE, "--mask", "../in/half.png", *PROMPT], ("mask", "half.png", "truncated")),
+    "reference cut off": (["refine", *ALL, "--reference", "../in/half.png"], ("reference", "half.png", "truncated")),
+    "reference too long": (["refine", *ALL, "--reference", "../in/long.png"], ("long.png", "16 to 1", "cut out")),
     "mask empty": (["refine", *IMAGE, "--mask", "../in/black.png", *PROMPT], ("black.png", "empty", "white")),
     "reference missing": (["refine", *ALL, "--reference", "none.jpg"], ("reference", "none.jpg")),
     "prompt too long": (["refine", *IMAGE, *MASK, "--prompt", "long " * 2000], ("prompt", "shorten")),
@@ -192,6 +238,8 @@ def test_bad_input(folder, model, capfd, case):
     (inputs / "text.png").write_text("no picture")
     (inputs / "half.png").write_bytes((inputs / "photo.png").read_bytes()[:3000])
     Image.new("L", (WIDTH, HEIGHT)).save(inputs / "black.png")
+    Image.new("1", (20_000, 20_000)).save(inputs / "bomb.png")
+    Image.new("RGB", (90, 3)).save(inputs / "long.png")
     picture("RGBA").save(inputs / "alpha.png")
     words, expected = BAD[case]
     if words[:1] == ["refine"] and "--model" not in words:

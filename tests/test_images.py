@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 
 from refine_jax import images
 from refine_jax.errors import RefineError
-from refine_jax.images import box_mask, check_output, read_mask, read_picture, save_picture
+from refine_jax.images import box_mask, check_output, read_mask, read_picture, region_masks, save_picture
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:
@@ -400,12 +400,25 @@ def test_masks_of_other_kinds(tmp_path):
     palette.putpalette([0, 0, 0, 128, 0, 0])
     kinds = {"bilevel.png": white.convert("1"), "palette.png": palette, "rgb.png": white.convert("RGB")}
     kinds |= {"deep.png": Image.fromarray(region.astype(np.uint16) * 257), "scan.bmp": white}
+    for most in (1, 3, 255, 256, 60_000):  # labels
+        kinds[f"{most}.png"] = Image.fromarray((region // 255).astype(np.uint16) * most)
+    kinds["float.tiff"] = Image.fromarray((region / 255).astype(np.float32))
     for name, image in kinds.items():
         image.save(tmp_path / name)
         np.testing.assert_array_equal(read_mask(tmp_path / name, (6, 6)), region, err_msg=name)
 
 
 # ---------------------------------------------------------------------------------------------------------------- boxes
+
+
+@pytest.mark.parametrize("dtype", [int, np.int32, np.float32])
+def test_boxes_as_an_array(dtype):
+    boxes = np.array([[1, 2, 4, 5], [0, 0, 10, 8], [3, 3, 4, 4]], dtype)
+    for found, box in zip(region_masks(boxes, (10, 8)), boxes.tolist(), strict=True):
+        np.testing.assert_array_equal(found, box_mask(box, (10, 8)))
+    # A picture of that shape has masks of that shape.
+    (mask,) = region_masks(np.array([[0, 0, 1, 1]] * 3, dtype), (4, 3))
+    np.testing.assert_array_equal(mask, [[0, 0, 255, 255]] * 3)
 
 
 @settings(max_examples=100, deadline=None)

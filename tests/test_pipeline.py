@@ -235,6 +235,20 @@ def test_background_keeps_its_bits(refiner, calls, seed, marked, data):
     np.testing.assert_array_equal(out[alpha == 0], picture[alpha == 0])
 
 
+def test_a_transparent_reference_is_seen_on_white(refiner):
+    """A black logo on nothing, as logos come."""
+    logo = np.zeros((60, 70, 4), np.uint8)
+    logo[10:50, 15:55, 3] = 255
+    logo[20:30, 15:55, 3] = 100
+    white = np.repeat(255 - logo[..., 3:], 3, axis=-1)
+    settings = dict(SQUARE, steps=1, true_cfg_scale=1.0)
+    by_alpha, flat = refiner.refine_batch(
+        [dict(settings, reference=Image.fromarray(logo)), dict(settings, reference=white)]
+    )
+    assert by_alpha.tobytes() == flat.tobytes()
+    assert flat.tobytes() != refiner.refine(**settings, reference=logo[..., :3]).tobytes()
+
+
 @pytest.mark.parametrize(
     "change, says",
     [
@@ -243,6 +257,10 @@ def test_background_keeps_its_bits(refiner, calls, seed, marked, data):
         (dict(steps=1001), "steps"),
         (dict(true_cfg_scale=float("nan")), "true_cfg_scale"),
         (dict(true_cfg_scale=-1.0), "true_cfg_scale"),
+        (dict(true_cfg_scale=1e30), "true_cfg_scale"),
+        (dict(image=np.zeros((8, 1600, 3), np.uint8), mask_or_box=(0, 0, 9, 8), focus=False), "cut the picture up"),
+        (dict(image=np.zeros((90, 1600, 3), np.uint8), mask_or_box=(0, 9, 1600, 11), margin=1), "give a larger margin"),
+        (dict(reference=np.zeros((4, 80, 3), np.uint8)), "reference: is 20 times as wide as high"),
         (dict(true_cfg_scale="4"), "true_cfg_scale"),
         (dict(seed=1.5), "seed"),
         (dict(seed=2**63), "seed"),

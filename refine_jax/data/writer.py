@@ -75,7 +75,7 @@ def make_record(
     else:
         part, encoded = None, _plain(image, damaged)
     x1, y1, x2, y2 = box
-    shown = None if reference is None else images.read_picture(reference, "reference")
+    shown = None if reference is None else images.read_picture(reference, "reference").on_white()
     return Record(
         image=encoded,
         image_box=part,
