@@ -317,7 +317,7 @@ def _batches(
         data.get("text_dropout", 0.0),
         config.seed,
     )
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count(), workers=data.workers)
+    hosts = dict(rows=parallel.own_rows(config.batch_size, dict(config.mesh)), workers=data.workers)
     return packing.PackedBatches(make, config.batch_size, data.get("max_corrupt", 0.01), digest, **hosts)
 
 

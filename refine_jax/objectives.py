@@ -72,10 +72,10 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
     vae = QwenVAE(vae_config)
     data = config.data
 
-    def batches(seed: int, hosts: dict[str, int]) -> Iterator:
+    def batches(seed: int, rows: Sequence[int]) -> Iterator:
         source = data.get("source", "synth")
         return loader.vae_batches(
-            seed, config.batch_size, data.size, "train", source=source, workers=data.workers, **hosts
+            seed, config.batch_size, data.size, "train", source=source, workers=data.workers, rows=rows
         )
 
     def init(key: jax.Array) -> Any:
@@ -104,8 +104,7 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
         params = jax.tree.map(parallel.fetch, params)
         if jax.process_index():
             return
-        alone = dict(process_index=0, process_count=1)
-        with contextlib.closing(batches(config.seed + 1, alone)) as iterator:
+        with contextlib.closing(batches(config.seed + 1, range(config.batch_size))) as iterator:
             keys = jax.random.split(jax.random.key(config.seed + 1), config.statistics_batches)
             z = [sample(conditioning.to_signed(next(iterator)["image"]), key) for key in keys]
         z = np.concatenate([np.asarray(v, np.float64).reshape(-1, vae_config.z_dim) for v in z])
@@ -116,8 +115,8 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
         )
         checkpoint.save_model(folder, {"vae": dataclasses.asdict(measured)}, {"vae": params})
 
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    return Objective(init, loss, lambda: batches(config.seed, hosts), export)
+    own = lambda: parallel.own_rows(config.batch_size, dict(config.mesh))
+    return Objective(init, loss, lambda: batches(config.seed, own()), export)
 
 
 # ----------------------------------------------------------------------------------------------- boundary-weighted flow
@@ -195,7 +194,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     buckets = [tuple(bucket) for bucket in data.buckets]
 
     def batches() -> Iterator:
-        hosts = dict(process_index=jax.process_index(), process_count=jax.process_count(), workers=data.workers)
+        rows = parallel.own_rows(config.batch_size, dict(config.mesh))
+        hosts = dict(rows=rows, workers=data.workers)
         if cached:
             mesh = parallel.make_mesh(dict(config.mesh))
             weights = cache.fingerprint(cache.load_encoders(config, model, mesh, progress=True))
@@ -222,7 +222,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
             )
         share = data.get("text_to_image", 0.0)
         return _Prompted(
-            pairs, model, source.tokenizer(), data.text_length, config.instruction_dropout, share, config.seed
+            pairs, model, source.tokenizer(), data.text_length, config.instruction_dropout, share, config, rows
         )
 
     def batch_shapes() -> list[dict[str, Any]]:
@@ -543,12 +543,21 @@ class _Prompted:
     """
 
     def __init__(
-        self, pairs: Any, model: ModelConfig, tokenizer: Any, length: int, dropout: float, alone: float, seed: int
+        self,
+        pairs: Any,
+        model: ModelConfig,
+        tokenizer: Any,
+        length: int,
+        dropout: float,
+        alone: float,
+        config: ml_collections.ConfigDict,
+        rows: Sequence[int],
     ):
         if not 0 <= alone <= 1:
             raise RefineError(f"data.text_to_image {alone}: give a share from 0 to 1")
-        self._pairs, self._model, self._length, self._dropout, self._seed = pairs, model, length, dropout, seed
+        self._pairs, self._model, self._length, self._dropout = pairs, model, length, dropout
         self._tokenizer, self._alone = tokenizer, alone
+        self._seed, self._batch_size, self._own = config.seed, config.batch_size, np.asarray(rows)
 
     def __iter__(self) -> Iterator:
         return self
@@ -559,10 +568,8 @@ class _Prompted:
         names = self._model.pictures.read
         shapes = [batch[name].shape for name in names]
         grids = [self._model.vl_grid(shape[2] / shape[1]) for shape in shapes]
-        rows, host = len(batch["instruction"]), jax.process_index()
-        draw = lambda kind: np.random.default_rng([self._seed, step, kind]).random(rows * jax.process_count())[
-            host * rows :
-        ][:rows]
+        rows = len(self._own)
+        draw = lambda kind: np.random.default_rng([self._seed, step, kind]).random(self._batch_size)[self._own]
         draws = draw(0)
         if "mask" not in names:
             batch["has_image"] = draw(1) >= self._alone

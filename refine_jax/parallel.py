@@ -225,7 +225,43 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """A host's numpy batch -> global arrays sharded by their leading axis."""
+def process_rows(batch_size: int, mesh: Mesh, process: int | None = None) -> np.ndarray:
+    """Rows of a global batch that the devices of a process hold (default: of this one), ascending.
+
+    Processes whose devices share samples, along `tensor` or `context`, hold the same rows.
+    """
+    process = jax.process_index() if process is None else process
+    ways = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(ways, -1)
+    held = np.flatnonzero((owners == process).any(axis=1))  # parts of the batch, in the order of BATCH_AXES
+    each = batch_size // ways
+    return (held[:, None] * each + np.arange(each)).reshape(-1)
+
+
+def own_rows(batch_size: int, axes: Mapping[str, int]) -> Sequence[int]:
+    """`process_rows` on the mesh of these axes; of a process that is alone all, whatever the mesh."""
+    if jax.process_count() == 1:
+        return range(batch_size)
+    mesh = make_mesh(axes)
+    check_batch(batch_size, mesh)
+    return process_rows(batch_size, mesh)
+
+
+def shard_batch(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
+    """A process's `process_rows` of a batch, as numpy -> global arrays sharded by their leading axis.
+
+    batch_size: of the global batch; a process that is alone may leave it out.
+    """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    rows = None if batch_size is None else process_rows(batch_size, mesh)
+
+    def place(x: Any) -> jax.Array:
+        size = len(x) if batch_size is None else batch_size
+
+        def part(index: tuple[slice, ...]) -> Any:
+            first, last, _ = index[0].indices(size)
+            return x[first:last] if rows is None else x[np.searchsorted(rows, first) : np.searchsorted(rows, last)]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, batch)

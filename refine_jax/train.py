@@ -279,7 +279,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
 
         for done in range(first + 1, config.steps + 1):
             with watch.waiting():
-                batch = parallel.shard_batch(next(batches), mesh)
+                batch = parallel.shard_batch(next(batches), mesh, config.batch_size)
             state, metrics = program.step(state, frozen, batch)
             watch.step(done, batch, metrics)
             stop = preemption.reached(done)

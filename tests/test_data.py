@@ -159,7 +159,7 @@ def test_bad_arguments():
     with pytest.raises(RefineError, match="split.*'test'"):
         synth.sample(0, 0, (32, 96), "test")
     with pytest.raises(RefineError, match="batch_size"):
-        loader.refine_batches(0, 3, process_count=2)
+        loader.refine_batches(0, 3, rows=(3,))
     with pytest.raises(RefineError, match="weights"):
         loader.refine_batches(0, 2, buckets=BUCKETS, weights=[1.0])
 
@@ -215,7 +215,7 @@ def test_batches_resume_and_keep_one_bucket():
 
 def test_hosts_share_out_the_global_batch():
     whole = next(loader.refine_batches(7, 4, start=1))
-    parts = [next(loader.refine_batches(7, 4, start=1, process_index=k, process_count=2)) for k in range(2)]
+    parts = [next(loader.refine_batches(7, 4, start=1, rows=rows)) for rows in ((0, 1), (2, 3))]
     for name, value in whole.items():
         assert np.array_equal(value, np.concatenate([part[name] for part in parts]))
     assert not np.array_equal(parts[0]["target"], parts[1]["target"])

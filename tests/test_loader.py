@@ -198,7 +198,7 @@ def test_a_part_resized_alone_is_that_part_of_the_whole(data, size, seed):
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_out_the_global_batch(dataset, hosts):
     whole = batches(dataset, batch_size=8)
-    parts = [batches(dataset, batch_size=8, process_index=k, process_count=hosts) for k in range(hosts)]
+    parts = [batches(dataset, batch_size=8, rows=rows) for rows in np.split(np.arange(8), hosts)]
     for _ in range(whole.plan.steps + 2):
         batch, shares = next(whole), [next(part) for part in parts]
         assert same(batch, {name: np.concatenate([share[name] for share in shares]) for name in batch})
@@ -308,7 +308,7 @@ def test_too_many_corrupt_records_stop_the_run_and_are_named(folder):
     ("settings", "message"),
     [
         (dict(batch_size=0), "batch_size 0"),
-        (dict(batch_size=3, process_count=2), "batch_size: 3 is not a positive multiple"),
+        (dict(batch_size=3, rows=(1, 3)), r"batch_size 3: has no rows \[1, 3\]"),
         (dict(buckets=()), r"data.buckets \(\)"),
         (dict(reference_buckets=((0, 3),)), "data.reference_buckets"),
         (dict(seed=-1), "seed -1"),

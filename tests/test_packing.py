@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
 
-from refine_jax import bagel, bagel_objective, checkpoint, flow, loading, objectives, recipes
+from refine_jax import bagel, bagel_objective, checkpoint, flow, loading, objectives, parallel, recipes
 from refine_jax.bagel import BagelModel
 from refine_jax.data import packing, sequences, world
 from refine_jax.data.packing import Bucket, Packing
@@ -427,9 +427,7 @@ def test_batches_resume_and_are_shared_by_hosts(monkeypatch, capsys):
     assert any((x["text_scored"] >= 0).any() for x in found) and all(x["painted_noisy"].any() for x in found)
     # Two hosts have its halves.
     for host in range(2):
-        monkeypatch.setattr(jax, "process_index", lambda host=host: host)
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        monkeypatch.setattr(bagel_objective, "_check_same", lambda *_: None)
+        monkeypatch.setattr(parallel, "own_rows", lambda *_, host=host: (host,))
         half = objectives.make(config).batches()
         for whole in found:
             for name, value in next(half).items():

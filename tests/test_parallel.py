@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import toy
 from flax import linen as nn
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from refine_jax import parallel
+from refine_jax import configuration, parallel
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig
 from refine_jax.models.layers import fit_spec
@@ -60,6 +62,50 @@ def test_slices_are_the_outer_axis():
     assert [[d.slice_index for d in part.flat] for part in mesh.devices] == [[0] * 4, [1] * 4]
     with pytest.raises(RefineError, match="mesh.slice 1: the devices are 2 slice"):
         parallel.make_mesh(dict(fsdp=-1), devices)
+
+
+class Chip:
+    """A TPU's chip as far as meshes look at it; four of a plane belong to one host."""
+
+    platform, slice_index, core_on_chip = "tpu", 0, 0
+
+    def __init__(self, kind: str, index: int, coords: tuple[int, int, int], sides: tuple[int, int, int]):
+        self.device_kind, self.id, self.coords = kind, index, coords
+        x, y, z = coords
+        self.process_index = x // 2 + (sides[0] // 2) * (y // 2 + (sides[1] // 2) * z)
+
+
+KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+
+
+def pod(topology: str) -> list[Chip]:
+    name, _, text = topology.partition(":")
+    sides = tuple(map(int, text.split("x")))
+    sides += (1,) * (3 - len(sides))
+    places = list(itertools.product(*map(range, sides[::-1])))
+    return [Chip(KINDS[name], index, place[::-1], sides) for index, place in enumerate(places)]
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in toy.CONFIGS.glob("*_v*_*.py") if "batch" not in path.stem)
+)
+def test_hosts_of_a_pod_hold_all_rows_of_a_batch(name):
+    """Of every configuration for TPUs: hosts that share samples read the same rows, and all rows are read."""
+    config = configuration.load(toy.CONFIGS / f"{name}.py")
+    mesh = parallel.make_mesh(dict(config.mesh), pod(config.topology))
+    parallel.check_batch(config.batch_size, mesh)
+    hosts = sorted({chip.process_index for chip in mesh.devices.flat})
+    assert len(hosts) == mesh.size // 4 and hosts[-1] == len(hosts) - 1
+    held = [tuple(parallel.process_rows(config.batch_size, mesh, host).tolist()) for host in hosts]
+    assert sorted(set(sum(held, ()))) == list(range(config.batch_size))
+    ways = math.prod(mesh.shape[axis] for axis in parallel.BATCH_AXES)
+    for host, rows in enumerate(held):
+        assert rows == tuple(sorted(rows)) and len(rows) % (config.batch_size // ways) == 0
+        each = config.batch_size // ways
+        for index, chip in np.ndenumerate(mesh.devices):
+            if chip.process_index == host:
+                first = each * int(np.ravel_multi_index(index[:3], mesh.devices.shape[:3]))
+                assert set(range(first, first + each)) <= set(rows)
 
 
 def test_rules_can_be_overridden():

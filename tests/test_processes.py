@@ -15,14 +15,14 @@ from refine_jax.train import load_config, train
 
 HERE = Path(__file__).parent
 CONFIG = f"""
-import sys
+import json, os, sys
 sys.path.insert(0, {str(HERE)!r})
 import toy
 
 def get_config():
     config = toy.vae_config()
     config.batch_size, config.steps, config.save_every, config.seed = 4, 6, 3, 3
-    config.mesh = dict(data=1, fsdp=-1)
+    config.mesh = json.loads(os.environ.get("MESH", '{{"data": 1, "fsdp": -1}}'))
     config.vae.update(dim_mult=(1, 2), temperal_downsample=(False,))
     return config
 """
@@ -48,6 +48,22 @@ def launch(folder: Path, processes: int, *more: str, **environment: str) -> subp
 
 def scalars(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_four_processes_that_share_samples_train_what_one_does(tmp_path):
+    """Two along `context` hold the same rows, and each makes its own copy of them."""
+    mesh = json.dumps(dict(data=1, fsdp=2, context=2))
+    more = ["--config.log_every=1", "--config.steps=3"]
+    four = launch(tmp_path, 4, *more, MESH=mesh)
+    said = four.communicate(timeout=400)[0]
+    assert four.returncode == 0, said[-3000:]
+    config = load_config(tmp_path / "config.py", {"log_every": "1", "steps": "3"})
+    train(config, tmp_path / "run-1", progress=False)
+    one, shared = scalars(tmp_path / "run-1"), scalars(tmp_path / "run-4")
+    assert [line["step"] for line in one] == [line["step"] for line in shared] == [1, 2, 3]
+    for a, b in zip(one, shared):
+        for name in ("loss", "grad_norm"):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
 
 
 def test_two_processes_train_what_one_does(tmp_path, capsys):

@@ -307,7 +307,7 @@ def test_pairs_of_the_small_world():
             assert world.check(batch["target"][row], pair["spec"]).correct or side < 64
     # Two hosts have its halves; a resumed run goes on.
     for host in range(2):
-        part = batches(process_index=host, process_count=2)
+        part = batches(rows=(2 * host, 2 * host + 1))
         for batch in whole:
             same(next(part), {name: x[2 * host : 2 * host + 2] for name, x in batch.items()})
     resumed = batches()

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +173,11 @@ def batches(
     batch_size: int,
     *,
     dropout: float = 0.0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
     start: int = 0,
 ) -> loader.Batches:
-    """Endless batches of what `objectives.encode` returns, as numpy arrays with b = batch_size / process_count rows.
+    """Endless batches of what `objectives.encode` returns, as numpy arrays with b = len(rows) rows (default: all).
 
     Order, hosts, workers and state are those of `loader.record_batches`; buckets are the cache's own. dropout: how
     often a row's conditioning is that of the negative prompt, by a draw that depends on (seed, step, row) alone.
@@ -188,5 +187,4 @@ def batches(
         raise RefineError(f"{cache.folder}: made without instruction_dropout; build it again with it")
     plan = Plan.fixed(np.asarray(cache.index[:, 1:]), seed, batch_size)
     length = model["text_length"] - model["prompt"]["drop_tokens"]
-    hosts = dict(process_index=process_index, process_count=process_count)
-    return loader.Batches(_Entries(cache, plan, length, dropout), batch_size, start=start, workers=workers, **hosts)
+    return loader.Batches(_Entries(cache, plan, length, dropout), batch_size, start=start, rows=rows, workers=workers)

@@ -57,7 +57,8 @@ class Batches(grain.DatasetIterator):
 
     Args:
       make: (step, row in the global batch) -> dict of arrays; picklable when there are workers.
-      batch_size: global; each of `process_count` hosts yields its equal share of the rows, in order of host.
+      batch_size: global; rows: those of it that are yielded, in this order (default: all; a host's are
+        `parallel.own_rows`).
       workers: processes, or threads, that make batches; 0 makes each when it is asked for.
       threads: workers are threads of this process, for rows whose work goes on without Python's lock, as decoding and
         resizing do: what a process makes is copied into new shared memory, an eighth of the time of such rows.
@@ -69,19 +70,15 @@ class Batches(grain.DatasetIterator):
         batch_size: int,
         *,
         start: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
         workers: int = 0,
         threads: bool = False,
     ):
         self._source = None
         super().__init__()
-        if batch_size <= 0 or batch_size % process_count:
-            raise RefineError(f"batch_size: {batch_size} is not a positive multiple of the {process_count} processes")
-        if not 0 <= process_index < process_count:
-            raise RefineError(f"process_index: got {process_index}, expected 0..{process_count - 1}")
-        self._rows = batch_size // process_count
-        self._first = process_index * self._rows
+        self._rows = tuple(range(batch_size) if rows is None else map(int, rows))
+        if not self._rows or not 0 <= min(self._rows) <= max(self._rows) < batch_size:
+            raise RefineError(f"batch_size {batch_size}: has no rows {list(self._rows)}; give a positive number")
         self._make, self._workers = make, workers
         self._threads = threads and workers > 0
         self._processes = workers if not threads else 0
@@ -89,7 +86,7 @@ class Batches(grain.DatasetIterator):
 
     def _build(self):
         steps = grain.MapDataset.range(self._step, 2**62)
-        batches = steps.map(partial(_stack, self._make, self._rows, self._first))
+        batches = steps.map(partial(_stack, self._make, self._rows))
         ahead = dict(num_threads=self._workers, prefetch_buffer_size=_AHEAD * self._workers)
         data = batches.to_iter_dataset(grain.ReadOptions(**ahead if self._threads else dict.fromkeys(ahead, 0)))
         if self._processes:
@@ -130,14 +127,14 @@ class Batches(grain.DatasetIterator):
         super().close()
 
 
-def _stack(make: Callable, rows: int, first: int, step: int) -> dict[str, np.ndarray]:
-    """Rows first … first + rows - 1 of a step; each goes into the batch as it is made, none is kept."""
+def _stack(make: Callable, rows: Sequence[int], step: int) -> dict[str, np.ndarray]:
+    """Some rows of a step; each goes into the batch as it is made, none is kept."""
     batch: dict[str, np.ndarray] = {}
-    for row in range(rows):
-        for name, value in make(int(step), first + row).items():
-            if row == 0:
-                batch[name] = np.empty((rows, *np.shape(value)), np.asarray(value).dtype)
-            batch[name][row] = value
+    for place, row in enumerate(rows):
+        for name, value in make(int(step), row).items():
+            if place == 0:
+                batch[name] = np.empty((len(rows), *np.shape(value)), np.asarray(value).dtype)
+            batch[name][place] = value
     return batch
 
 
@@ -169,26 +166,23 @@ def refine_batches(
     split: str = "train",
     *,
     weights: Sequence[float] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
     start: int = 0,
 ) -> Batches:
     """Endless batches of pairs, each of a single bucket (h, w); all hosts have the same bucket at the same step.
 
     Yields {image, target, reference: [b, h, w, 3] uint8, mask: [b, h, w] uint8 (0 or 255), has_reference, is_logo:
-    [b] bool, instruction: [b, 96] uint8} with b = batch_size / process_count; the global batch is the hosts' batches
-    one after the other. Buckets alternate by `weights` (default: synth.WEIGHTS, or equal ones for other buckets).
-    Raises RefineError when asset packages are missing, before the first batch.
+    [b] bool, instruction: [b, 96] uint8} with b = len(rows), those of the global batch that are wanted (`Batches`).
+    Buckets alternate by `weights` (default: synth.WEIGHTS, or equal ones for other buckets). Raises RefineError when
+    asset packages are missing, before the first batch.
     """
     buckets = [tuple(bucket) for bucket in buckets]
     if weights is None:
         weights = [synth.WEIGHTS.get(bucket, 1.0 / 3.0) for bucket in buckets]
     assets.faces(split), assets.logos(split), assets.photo_files(split)
     make = _Pairs(seed, batch_size, schedule(buckets, weights), split)
-    return Batches(
-        make, batch_size, start=start, process_index=process_index, process_count=process_count, workers=workers
-    )
+    return Batches(make, batch_size, start=start, rows=rows, workers=workers)
 
 
 WORLD_PAIRS = ("regenerate", "edit", "reconstruct")
@@ -229,8 +223,7 @@ def world_batches(
     weights: Sequence[float] | None = None,
     pairs: str = WORLD_PAIRS[0],
     labels: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
     start: int = 0,
 ) -> Batches:
@@ -250,9 +243,7 @@ def world_batches(
         if len(bucket) != 2 or bucket[0] != bucket[1]:
             raise RefineError(f"data.buckets: the world's pictures are square, got {bucket}; give (side, side)")
     make = _World(seed, batch_size, schedule(buckets, weights or [1.0] * len(buckets)), split, pairs, labels)
-    return Batches(
-        make, batch_size, start=start, process_index=process_index, process_count=process_count, workers=workers
-    )
+    return Batches(make, batch_size, start=start, rows=rows, workers=workers)
 
 
 @dataclass(frozen=True)
@@ -278,8 +269,7 @@ def vae_batches(
     split: str = "train",
     *,
     source: str = "synth",
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
     start: int = 0,
 ) -> Batches:
@@ -292,9 +282,7 @@ def vae_batches(
     if source == "synth":
         assets.faces(split), assets.logos(split), assets.photo_files(split)
     make = _Patches(seed, batch_size, size, split, source)
-    return Batches(
-        make, batch_size, start=start, process_index=process_index, process_count=process_count, workers=workers
-    )
+    return Batches(make, batch_size, start=start, rows=rows, workers=workers)
 
 
 # ------------------------------------------------------------------------------------------------------------ datasets
@@ -412,8 +400,7 @@ def record_batches(
     margin_jitter: float = 0.0,
     instruction_bytes: int | None = None,
     max_corrupt: float = 0.01,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
     start: int = 0,
 ) -> RecordBatches:
@@ -421,7 +408,7 @@ def record_batches(
 
     Yields {image, target: [b, h, w, 3] uint8, mask: [b, h, w] uint8 (0 or 255), reference: [b, h', w', 3] uint8 (zeros
     where there is none), has_reference: [b] bool, instruction: [b, n] uint8, skipped: [b] int32} with
-    b = batch_size / process_count; (h, w) is one of `buckets` and (h', w') one of `reference_buckets` (default:
+    b = len(rows) (`Batches`); (h, w) is one of `buckets` and (h', w') one of `reference_buckets` (default:
     `buckets`), the same on all hosts at a step. Crops are those of `refine` (`focus.focus_box`), grown to the bucket's
     aspect as far as the picture allows; pictures are resized as there, masks to the nearest pixel.
 
@@ -444,8 +431,7 @@ def record_batches(
         instruction_bytes = max(1, int(dataset.index[:, 8].max()))
     plan = Plan(dataset.index, seed, batch_size, buckets, references, margin)
     make = _Records(dataset, plan, margin, margin_jitter, instruction_bytes)
-    hosts = dict(process_index=process_index, process_count=process_count)
-    return RecordBatches(make, batch_size, max_corrupt, start=start, workers=workers, **hosts)
+    return RecordBatches(make, batch_size, max_corrupt, start=start, rows=rows, workers=workers)
 
 
 def whole_batches(
@@ -456,8 +442,7 @@ def whole_batches(
     *,
     instruction_bytes: int | None = None,
     max_corrupt: float = 0.01,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
     start: int = 0,
 ) -> RecordBatches:
@@ -473,8 +458,7 @@ def whole_batches(
     buckets = [tuple(bucket) for bucket in buckets]
     plan = Plan(index, seed, batch_size, buckets, buckets, 0.0)
     make = _WholeRecords(dataset, plan, 0.0, 0.0, instruction_bytes)
-    hosts = dict(process_index=process_index, process_count=process_count)
-    return RecordBatches(make, batch_size, max_corrupt, start=start, workers=workers, **hosts)
+    return RecordBatches(make, batch_size, max_corrupt, start=start, rows=rows, workers=workers)
 
 
 def _check_corrupt(limit: float) -> None:
