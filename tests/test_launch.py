@@ -1,7 +1,7 @@
 """The launchers, run for real against stand-ins for the clouds' tools, and the multi-host start with real processes.
 
 The stand-ins record their calls. That of gcloud carries out what is sent to the workers, each in a home of its own, so
-that quoting is tested to the end; that of srun runs the command.
+that quoting is tested to the end; that of srun runs the command, and kills it where srun does.
 """
 
 import json
@@ -83,9 +83,27 @@ esac
     "refine-jax": "",
     "sbatch": 'echo 7 >"$CLOUD/job"; echo "Submitted batch job 7"; env >"$CLOUD/sbatch_env"',
     "squeue": 'if [[ -e $CLOUD/job ]]; then cat "$CLOUD/job"; fi',
-    "scancel": '[[ $* == *--signal* ]] || rm -f "$CLOUD/job"',
+    "scancel": r"""
+case "$*" in
+  *--batch*) ;;
+  *--signal=TERM*) [[ ! -e $CLOUD/step ]] || kill -TERM "$(cat "$CLOUD/step")" ;;
+  *) rm -f "$CLOUD/job" ;;
+esac
+""",
     "scontrol": "[[ ! -e $CLOUD/no_requeue ]]",
-    "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    # As srun, which answers SIGTERM with "forcing job termination".
+    "srun": r"""
+while [[ $1 == --* ]]; do shift; done
+"$@" &
+child=$!
+trap 'kill -KILL "$child"' TERM
+echo "$child" >"$CLOUD/step"
+while true; do
+  code=0
+  wait "$child" || code=$?
+  kill -0 "$child" 2>/dev/null || exit "$code"
+done
+""",
     "hostname": 'echo "host-${WORKER:-}"',
     # A worker's Python, for its environment: the real one would install for minutes.
     "python3.13": r"""
@@ -548,6 +566,7 @@ def test_slurm_sigterm_saves_and_requeues(cloud, requeues):
         assert "saved" in job.stdout.read()
     assert job.returncode == (0 if requeues else 75)
     assert calls(cloud, "scontrol") == [["scontrol", "requeue", "7"]]
+    assert calls(cloud, "scancel") == [["scancel", "--signal=TERM", "7"]]
 
 
 @pytest.mark.parametrize("code, runs, end", [(0, 1, 0), (2, 1, 2), (1, 1, 1), (75, 1, 0), (134, 3, 134)])
