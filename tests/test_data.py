@@ -3,6 +3,9 @@
 import importlib
 import importlib.metadata
 import json
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -219,6 +222,33 @@ def test_hosts_share_out_the_global_batch():
     for name, value in whole.items():
         assert np.array_equal(value, np.concatenate([part[name] for part in parts]))
     assert not np.array_equal(parts[0]["target"], parts[1]["target"])
+
+
+def test_workers_that_are_told_to_end_or_killed(monkeypatch):
+    """A machine that shuts down tells workers too, and the step that is to be saved needs them; one that is killed is
+    replaced, and the order stays."""
+    expected = [next(found)["image"] for found in [loader.vae_batches(3, 2, source="world")] for _ in range(12)]
+    run = loader.vae_batches(3, 2, source="world", workers=1)
+    before = set(multiprocessing.active_children())
+    own = lambda: set(multiprocessing.active_children()) - before
+    try:
+        for step, image in enumerate(expected):
+            assert np.array_equal(next(run)["image"], image), step
+            if step == 1:
+                (first,) = own()
+                os.kill(first.pid, signal.SIGTERM)
+            elif step == 5:
+                assert own() == {first}
+                os.kill(first.pid, signal.SIGKILL)
+        (second,) = own()
+        assert second is not first
+        monkeypatch.setattr(loader, "_DEATHS", 1)
+        os.kill(second.pid, signal.SIGKILL)
+        with pytest.raises(RefineError, match="data.workers 1: a worker process died 2 times"):
+            for _ in range(9):
+                next(run)
+    finally:
+        run.close()
 
 
 def test_schedule_keeps_the_weights():

@@ -4,6 +4,10 @@ An iterator's state is its position alone ({"step": n}), so a run may be resumed
 still sees the same pairs in the same order; a global batch does not depend on the number of hosts.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +28,8 @@ INSTRUCTION_BYTES = 96
 _WORLD_BYTES = 256
 _COPIED = 1 << 20  # bytes
 _AHEAD = 2  # batches that a worker makes before they are asked for
+_DEATHS = 3  # of workers, after which it is no accident
+_GRACE = 30.0  # seconds that a worker lives on after SIGTERM
 
 
 def encode_instruction(text: str, width: int = INSTRUCTION_BYTES) -> np.ndarray:
@@ -82,7 +88,7 @@ class Batches(grain.DatasetIterator):
         self._make, self._workers = make, workers
         self._threads = threads and workers > 0
         self._processes = workers if not threads else 0
-        self._step = int(start)
+        self._step, self._deaths = int(start), 0
 
     def _build(self):
         steps = grain.MapDataset.range(self._step, 2**62)
@@ -99,7 +105,19 @@ class Batches(grain.DatasetIterator):
     def __next__(self) -> dict[str, np.ndarray]:
         if self._source is None:
             self._source = self._build()
-        batch = next(self._source)
+        try:
+            batch = next(self._source)
+        except RuntimeError as error:
+            if not self._processes or "terminated unexpectedly" not in str(error):
+                raise
+            self._deaths += 1
+            if self._deaths > _DEATHS:
+                raise RefineError(
+                    f"data.workers {self._workers}: a worker process died {self._deaths} times, by the system or for "
+                    "want of memory; give fewer workers, or find who ends them"
+                ) from error
+            self.close_workers()  # whoever takes over begins where the others stopped
+            return next(self)
         if self._processes:
             # A large array stays in the memory that it shares with the worker, which lasts as long as the array does. A
             # small one is copied out of it: each holds an open file.
@@ -127,8 +145,22 @@ class Batches(grain.DatasetIterator):
         super().close()
 
 
+def _outlive_sigterm() -> None:
+    """In a worker process: go on for a while when told to end.
+
+    A machine that shuts down tells all processes. The training ends after its present step, for which it may still need
+    a batch, and ends its workers itself.
+    """
+    here = multiprocessing.parent_process() and threading.current_thread() is threading.main_thread()
+    if here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        end = threading.Timer(_GRACE, os._exit, (128 + signal.SIGTERM,))
+        end.daemon = True
+        signal.signal(signal.SIGTERM, lambda *_: None if end.is_alive() else end.start())
+
+
 def _stack(make: Callable, rows: Sequence[int], step: int) -> dict[str, np.ndarray]:
     """Some rows of a step; each goes into the batch as it is made, none is kept."""
+    _outlive_sigterm()
     batch: dict[str, np.ndarray] = {}
     for place, row in enumerate(rows):
         for name, value in make(int(step), row).items():
