@@ -356,17 +356,41 @@ def restore_state(mngr: ocp.CheckpointManager, abstract: Any) -> tuple[Any, dict
     return state, data
 
 
+# Settings of data that decide no order of samples.
+_NO_ORDER = ("data.workers", "data.validation", "data.max_corrupt")
+
+
+def _named(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts, their names joined by dots."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _named(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
+
+
 def changes(position: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a resumption changes about the order of samples, one sentence each; `position` is what was saved."""
+    """What a resumption changes about the order of samples, one sentence each; `position` is what was saved.
+
+    now: of the run, seed, batch_size, data and mesh of its configuration.
+    """
     lines = []
     if position.get("processes") != jax.process_count():
         lines.append(
             f"resumed with {jax.process_count()} processes, saved by {position.get('processes')}: the order of"
             " samples is unchanged (a global batch does not depend on the number of hosts)"
         )
-    lines += [
-        f"resumed with another {name}: the order of samples changes from here on; the position in it is kept"
-        for name, value in now.items()
-        if name in position and position[name] != json.loads(json.dumps(value))
-    ]
+    now = json.loads(json.dumps(dict(now)))
+    mesh, before = now.pop("mesh", None), position.get("mesh")
+    if before is not None and mesh != before:
+        lines.append(f"resumed on the mesh {mesh}, saved on {before}: the state and the order of samples are unchanged")
+    flat = lambda tree: {name: value for name, value in _named(tree) if name not in _NO_ORDER}
+    saved, wanted = flat({name: position[name] for name in now if name in position}), flat(now)
+    for name in sorted(saved.keys() | wanted.keys()):
+        if name.partition(".")[0] in position and saved.get(name) != wanted.get(name):
+            unless = "unless it is the same dataset, " if name.endswith("path") else ""
+            lines.append(
+                f"resumed with another {name}: {unless}the order of samples changes from here on; the position in it is"
+                " kept"
+            )
     return lines

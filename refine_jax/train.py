@@ -305,6 +305,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
 
 
 def _order(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What decides the order of samples besides the position."""
-    kept = ("seed", "batch_size", "data")
+    """What decides the order of samples besides the position, and the mesh, which does not."""
+    kept = ("seed", "batch_size", "data", "mesh")
     return {name: value for name, value in json.loads(config.to_json_best_effort()).items() if name in kept}

@@ -161,7 +161,13 @@ def test_another_number_of_processes_is_said(tmp_path):
     (line,) = checkpoint.changes(data, {"seed": 3})
     assert "resumed with 1 processes, saved by 2" in line and "unchanged" in line
     (line,) = checkpoint.changes({"processes": 1, "seed": 4, "data": {"path": "a"}}, {"seed": 4, "data": {"path": "b"}})
-    assert "another data: the order of samples changes" in line
+    assert "another data.path: unless it is the same dataset, the order of samples changes" in line
+    saved = {"processes": 1, "seed": 4, "data": {"workers": 2, "buckets": [[1, 2]]}, "mesh": {"fsdp": 2}}
+    assert checkpoint.changes(saved, {**saved, "data": {"workers": 0, "max_corrupt": 1, "buckets": ((1, 2),)}}) == []
+    (line,) = checkpoint.changes(saved, {**saved, "mesh": {"fsdp": 1, "context": 2}})
+    assert "saved on {'fsdp': 2}" in line and "unchanged" in line
+    (line,) = checkpoint.changes(saved, {**saved, "data": {"workers": 2, "buckets": [[2, 1]]}})
+    assert "another data.buckets: the order" in line
     manager.close()
 
 
