@@ -33,6 +33,7 @@ OPTIONAL: dict[str, Any] = {
     "data.reference_buckets": None,
     "data.text_to_image": 0.0,
     "data.validation": "",
+    "data.weights": (),
     "optimizer.accumulate": 1,
 }
 

@@ -203,11 +203,11 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
             return cache.batches(found, config.seed, config.batch_size, dropout=config.instruction_dropout, **hosts)
         common = dict(seed=config.seed, batch_size=config.batch_size, buckets=buckets, **hosts)
         if data.source == "synth":
-            pairs = loader.refine_batches(split="train", weights=tuple(data.weights), **common)
+            pairs = loader.refine_batches(split="train", weights=data.get("weights") or None, **common)
         elif data.source == "world":
             kind = data.get("pairs", loader.WORLD_PAIRS[0])
             pairs = loader.world_batches(
-                split="train", weights=tuple(data.weights), pairs=kind, labels=bool(aligned), **common
+                split="train", weights=data.get("weights") or None, pairs=kind, labels=bool(aligned), **common
             )
         elif not masked:
             pairs = loader.whole_batches(Dataset(data.path), max_corrupt=data.get("max_corrupt", 0.01), **common)

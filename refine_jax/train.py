@@ -6,7 +6,6 @@ result is written. `make_program` builds the step, `train` runs it; both read fr
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import re
 import sys
@@ -25,7 +24,7 @@ from flax import linen as nn
 from flax.linen import meta
 from tqdm import tqdm
 
-from refine_jax import checkpoint, configuration, objectives, parallel, recipes
+from refine_jax import checkpoint, configuration, objectives, parallel, settings
 from refine_jax.errors import Preempted, RefineError
 from refine_jax.watch import Watch
 
@@ -43,20 +42,11 @@ class TrainState:
 
 
 def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
-    """`configuration.load`, of a training. Raises `RefineError` as it does, for counts below 1, and for a key in the
-    file that its objective does not know."""
+    """`configuration.load`, of a training. Raises `RefineError` as it does, and as `settings.check`."""
     config = configuration.load(path, overrides)
     if "objective" not in config:
         raise RefineError(f"{path}: names no objective, so it is not of a training")
-    known = recipes.keys(config.objective)
-    for name in recipes.named(config):
-        if known and name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            remedy = f"did you mean {near[0]}?" if near else "take it out"
-            raise RefineError(f"{path}: the objective {config.objective!r} has no key {name!r}; {remedy}")
-    for name in ("steps", "batch_size", "log_every", "save_every", "keep"):
-        if config[name] < 1:
-            raise RefineError(f"--config.{name}={config[name]}: give a whole number of at least 1")
+    settings.check(path, config)
     return config
 
 

@@ -118,8 +118,14 @@ def test_a_group_is_overridden_as_a_whole(config_file):
         ("optimizer", "adamw", ("dict", "str")),
         ("optimizer", "null", ("dict", "NoneType")),
         ("keep_every", "often", ("int", "str")),
-        ("steps", "0", ("steps=0", "at least 1")),
-        ("save_every", "-1", ("save_every", "at least 1")),
+        ("steps", "0", ("some.py: steps 0", "whole number from 1")),
+        ("save_every", "-1", ("save_every -1", "whole number from 1")),
+        ("profile", "[1, 3]", ("profile (1, 3)", "from the second on")),
+        ("profile", "[5, 3]", ("profile (5, 3)", "from the second on")),
+        ("lora", '{"rank": 4}', ("lora.alpha is missing", "rank, alpha, targets")),
+        ("lora", '{"rank": 0, "alpha": 1.0, "targets": "x"}', ("lora.rank 0", "from 1")),
+        ("lora", '{"rank": 4, "alpha": 1.0, "target": "x"}', ("lora has no key 'target'", "did you mean targets?")),
+        ("pictures", '{"every": 5, "count": 0}', ("pictures.count 0", "from 1")),
     ],
 )
 def test_bad_overrides(config_file, name, text, words):
@@ -135,10 +141,23 @@ def test_bad_overrides(config_file, name, text, words):
         ("c.pictuers = dict(every=5, count=2)", ("pictuers", "did you mean pictures?")),
         ("c.data.margin_jiter = 0.1", ("'data.margin_jiter'", "did you mean data.margin_jitter?")),
         ("c.qqq = 1", ("'qqq'", "take it out")),
+        ("c.sigma.shfit = 2.0", ("sigma has no key 'shfit'", "did you mean shift?")),
+        ("c.sigma.distribution = 'normal'", ("sigma.distribution 'normal'", "'logit_normal'")),
+        ("c.optimizer.learning_rate = float('nan')", ("optimizer.learning_rate nan", "from 0")),
+        ("c.optimizer.learning_rate = -1e-3", ("optimizer.learning_rate -0.001", "from 0")),
+        ("c.optimizer.clip = 0.0", ("optimizer.clip 0", "at least 1e-12")),
+        ("c.optimizer.decay = 2.0", ("optimizer.decay 2.0", "from 0 to 1")),
+        ("c.optimizer.warmup = -5", ("optimizer.warmup -5", "from 0")),
+        ("c.ema_decay = 1.5", ("ema_decay 1.5", "from 0 to 1")),
+        ("c.instruction_dropout = 2.0", ("instruction_dropout 2.0", "from 0 to 1")),
+        ("c.boundary = dict(r_in=1, r_out=1, alpha=-1.0)", ("boundary.alpha -1", "at least 0")),
+        ("c.boundary = dict(r_in=1, r_out=1, alpha=1.0, r=2)", ("boundary has no key 'r'",)),
+        ("c.alignment = dict(block=1)", ("alignment.weight is missing",)),
+        ("c.data.workers = -1", ("data.workers -1", "from 0")),
         ("del c.objective", ("not of a training",)),
     ],
 )
-def test_a_misspelt_key_in_a_file(tmp_path, line, words):
+def test_bad_settings_in_a_file(tmp_path, line, words):
     path = tmp_path / "some.py"
     text = "from refine_jax import recipes\ndef get_config():\n    c = recipes.small_world()\n    {}\n    return c\n"
     path.write_text(text.format(line))
