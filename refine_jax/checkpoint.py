@@ -6,6 +6,7 @@ with one orbax checkpoint a network (converted ones; each device reads its own p
 """
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -321,6 +322,23 @@ def finish(mngr: ocp.CheckpointManager) -> None:
     """Wait until what was saved is on the disk. Raises `RefineError` when it could not be written."""
     with _written(mngr, mngr.latest_step()):
         mngr.wait_until_finished()
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@contextlib.contextmanager
+def room(workdir: Path) -> Iterator[None]:
+    """Inside, a file that cannot be written for want of room is a `RefineError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise RefineError(
+            f"{error.filename or workdir}: cannot be written ({error.strerror}); make room, then run the same command"
+            " again: it continues from the newest complete checkpoint"
+        ) from error
 
 
 @contextlib.contextmanager

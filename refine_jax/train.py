@@ -237,7 +237,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
     program = make_program(config, objective, mesh)
     checkpoint.claim(workdir, config)
 
-    with contextlib.ExitStack() as stack:
+    with checkpoint.room(workdir), contextlib.ExitStack() as stack:
         batches = stack.enter_context(closing(objective.batches()))
         mngr = checkpoint.manager(workdir, config.keep, config.save_every, config.get("keep_every", 0))
         mngr = stack.enter_context(closing(mngr))
@@ -290,7 +290,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
         checkpoint.finish(mngr)
 
     # ------------------------------------------------------------------ the result
-    objective.export(state.ema or state.params, frozen, workdir / "model")
+    with checkpoint.room(workdir):
+        objective.export(state.ema or state.params, frozen, workdir / "model")
     return workdir / "model"
 
 

@@ -417,6 +417,23 @@ def test_a_disk_without_room_is_said(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "model").exists()
 
 
+@pytest.mark.parametrize("where", ["refine_jax.watch.Watch.log", "refine_jax.checkpoint.write_tensors"])
+def test_a_disk_that_fills_up_elsewhere_is_said_too(tmp_path, monkeypatch, where):
+    """While scalars, or the result, are written; the run continues when there is room."""
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "the file")
+
+    linear(monkeypatch, Numbers())
+    with monkeypatch.context() as patch:
+        patch.setattr(where, full)
+        with pytest.raises(RefineError, match=r"the file: cannot be written \(No space left.*run the same command"):
+            train(toy_loop(4), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "model" / "refine_jax.json").exists()
+    train(toy_loop(4), tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "model" / "refine_jax.json").is_file()
+
+
 def test_workdirs_that_cannot_be_used(tmp_path, monkeypatch, config_file, capsys):
     linear(monkeypatch, Numbers())
     (tmp_path / "file").write_text("x")
