@@ -198,9 +198,13 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         hosts = dict(rows=rows, workers=data.workers)
         if cached:
             mesh = parallel.make_mesh(dict(config.mesh))
-            weights = cache.fingerprint(cache.load_encoders(config, model, mesh, progress=True))
-            found = cache.open_cache(data.path, cache.made_with(config, model, weights))
-            return cache.batches(found, config.seed, config.batch_size, dropout=config.instruction_dropout, **hosts)
+            wanted = cache.made_with(config, model, "")
+            del wanted["weights"]
+            cache.fitting_caches(data.path, wanted)  # what is wrong is said before the encoder is read
+            wanted["weights"] = cache.fingerprint(cache.load_encoders(config, model, mesh, progress=True))
+            found = cache.open_cache(data.path, wanted)
+            dropout, limit = config.instruction_dropout, data.get("max_corrupt", 0.01)
+            return cache.batches(found, config.seed, config.batch_size, dropout=dropout, max_corrupt=limit, **hosts)
         common = dict(seed=config.seed, batch_size=config.batch_size, buckets=buckets, **hosts)
         if data.source == "synth":
             pairs = loader.refine_batches(split="train", weights=data.get("weights") or None, **common)

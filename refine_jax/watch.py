@@ -123,7 +123,7 @@ class Watch:
         if self._chip is not None:
             means["mfu"] = self._needed / (now - moment) / (self._chip.flops * self._program.mesh.size)
         if corrupt := getattr(self._batches, "corrupt", 0):
-            means["corrupt_records"] = corrupt
+            means["corrupt_records"] = corrupt if isinstance(corrupt, int) else len(corrupt)
         if self._speaks:
             rounded = {k: round(v, 6) if math.isfinite(v) else None for k, v in means.items()}
             self._scalars.write(json.dumps(rounded) + "\n")

@@ -113,6 +113,37 @@ def test_batches_are_those_of_the_seed_on_any_hosts_and_workers(made):
     assert len(set(seen)) == 10
 
 
+def test_a_damaged_entry_is_left_out_and_counted(made, tmp_path):
+    *_, opened = made
+    shutil.copytree(opened.folder, tmp_path / "copy")
+    copy = cache.Cache(tmp_path / "copy")
+    for number in (3, 7):
+        records_toy.damage(copy.place(number)[0], opened[number]["target"].tobytes())
+    good, bad = (cache.batches(c, 3, 4, dropout=0.4, max_corrupt=2) for c in (opened, cache.Cache(copy.folder)))
+    lost = {_name(opened[number]["target"]) for number in (3, 7)}
+    replaced = 0
+    for _ in range(good.plan.steps):
+        a, b = next(good), next(bad)
+        assert a.keys() == b.keys() and "skipped" not in a
+        for before, after in zip(map(_name, a["target"]), map(_name, b["target"])):
+            assert after not in lost and (after == before or before in lost)
+            replaced += before in lost
+    assert replaced >= 2 and bad.corrupt == {3, 7} and not good.corrupt
+    strict = cache.batches(cache.Cache(copy.folder), 3, 4, dropout=0.4, max_corrupt=1)
+    with pytest.raises(RefineError, match="2 corrupt records, data.max_corrupt allows 1: .*record .*record"):
+        for _ in range(good.plan.steps):
+            next(strict)
+
+
+def test_the_wrong_cache_is_refused_before_the_encoder_is_read(made, monkeypatch):
+    config, folder, _ = made
+    wrong = config.copy_and_resolve_references()
+    wrong.data.source, wrong.data.path, wrong.data.text_length = "cache", str(folder), 128
+    monkeypatch.setattr(cache, "load_encoders", None)
+    with pytest.raises(RefineError, match="text_length was 112, is 128"):
+        objectives.make(wrong).batches()
+
+
 def test_a_cache_of_other_weights_or_settings_is_refused(made, tmp_path):
     config, folder, opened = made
     model = objectives.make(config).model

@@ -117,6 +117,15 @@ def open_cache(folder: str | os.PathLike, wanted: Mapping[str, Any]) -> Cache:
 
     Raises `RefineError` where there is none, naming how the nearest differs, or where several datasets' are.
     """
+    fitting = fitting_caches(folder, wanted)
+    if len(fitting) > 1:
+        names = ", ".join(str(cache.folder) for cache in fitting)
+        raise RefineError(f"data.path {str(folder)!r}: several caches fit: {names}; name one")
+    return fitting[0]
+
+
+def fitting_caches(folder: str | os.PathLike, wanted: Mapping[str, Any]) -> list[Cache]:
+    """`open_cache`, but all that fit, of which there is one at least. `wanted` may be a part of `made_with`."""
     folder = Path(folder)
     places = [folder] if (folder / MANIFEST).is_file() else sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
     if not places:
@@ -124,15 +133,12 @@ def open_cache(folder: str | os.PathLike, wanted: Mapping[str, Any]) -> Cache:
     found = [Cache(place) for place in places]
     off = [[k for k, v in wanted.items() if c.manifest["recipe"]["model"].get(k) != v] for c in found]
     fitting = [cache for cache, names in zip(found, off) if not names]
-    if len(fitting) > 1:
-        names = ", ".join(str(cache.folder) for cache in fitting)
-        raise RefineError(f"data.path {str(folder)!r}: several caches fit: {names}; name one")
     if not fitting:
         names = min(off, key=len)
         was = found[off.index(names)].manifest["recipe"]["model"]
         shown = "; ".join(f"{k} was {_short(was.get(k))}, is {_short(wanted[k])}" for k in names)
         raise RefineError(f"data.path {str(folder)!r}: made with another model or settings ({shown}); build it again")
-    return fitting[0]
+    return fitting
 
 
 def _short(value: Any) -> str:
@@ -142,14 +148,18 @@ def _short(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Entries:
-    cache: Cache
+    dataset: Cache
     plan: Plan
     length: int
     dropout: float
 
+    def read(self, number: int) -> str:
+        """As a dataset's records (`loader.RecordBatches`)."""
+        return f"entry of {len(self.dataset[number])} arrays"
+
     def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
-        number = self.plan.record(step, row)
-        entry = dict(self.cache[number])
+        found, attempt = loader.first_usable(self.plan, step, row, self.dataset.__getitem__)
+        entry = {**found, "skipped": np.int32(attempt)}
         # The draw of the online loader: one a row of the global batch.
         draw = np.random.default_rng([self.plan.seed, step, 0]).random(self.plan.batch_size)[row]
         silent = entry.pop("negative", None)
@@ -173,18 +183,29 @@ def batches(
     batch_size: int,
     *,
     dropout: float = 0.0,
+    max_corrupt: float = 0.01,
     rows: Sequence[int] | None = None,
     workers: int = 0,
     start: int = 0,
-) -> loader.Batches:
+) -> loader.RecordBatches:
     """Endless batches of what `objectives.encode` returns, as numpy arrays with b = len(rows) rows (default: all).
 
-    Order, hosts, workers and state are those of `loader.record_batches`; buckets are the cache's own. dropout: how
-    often a row's conditioning is that of the negative prompt, by a draw that depends on (seed, step, row) alone.
+    Order, hosts, workers, state and what becomes of a damaged entry (max_corrupt) are those of `loader.record_batches`;
+    buckets are the cache's own. dropout: how often a row's conditioning is that of the negative prompt, by a draw that
+    depends on (seed, step, row) alone.
     """
     model = cache.manifest["recipe"]["model"]
     if dropout and model["negative"] is None:
         raise RefineError(f"{cache.folder}: made without instruction_dropout; build it again with it")
     plan = Plan.fixed(np.asarray(cache.index[:, 1:]), seed, batch_size)
     length = model["text_length"] - model["prompt"]["drop_tokens"]
-    return loader.Batches(_Entries(cache, plan, length, dropout), batch_size, start=start, rows=rows, workers=workers)
+    loader.check_corrupt(max_corrupt)
+    make = _Entries(cache, plan, length, dropout)
+    return _CacheBatches(make, batch_size, max_corrupt, threads=False, start=start, rows=rows, workers=workers)
+
+
+class _CacheBatches(loader.RecordBatches):
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = super().__next__()
+        del batch["skipped"]  # no input of the objective
+        return batch

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import grain
 import numpy as np
@@ -322,6 +323,18 @@ def vae_batches(
 _ATTEMPTS = 32  # records tried for one row before the dataset counts as damaged
 
 
+def first_usable(plan: Plan, step: int, row: int, read: Callable[[int], Any]) -> tuple[Any, int]:
+    """What `read` makes of the record of a row, or of what takes its place where that cannot be used, and how many were
+    tried in vain. Raises `RefineError` when too many were."""
+    attempts = min(_ATTEMPTS, plan.attempts(step))
+    for attempt in range(attempts):
+        try:
+            return read(plan.record(step, row, attempt)), attempt
+        except RefineError as error:
+            last = error
+    raise RefineError(f"{attempts} records in a row cannot be used, at last: {last}; check the dataset")
+
+
 @dataclass(frozen=True)
 class _Records:
     """Rows of a dataset by its plan."""
@@ -334,14 +347,13 @@ class _Records:
 
     def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
         sizes = self.plan.group(step)
-        attempts = min(_ATTEMPTS, self.plan.attempts(step))
-        for attempt in range(attempts):
-            number = self.plan.record(step, row, attempt)
-            try:
-                return {**self._row(number, step, row, *sizes), "skipped": np.int32(attempt)}
-            except RefineError as error:
-                last = error
-        raise RefineError(f"{attempts} records in a row cannot be used, at last: {last}; check the dataset")
+        made, attempt = first_usable(self.plan, step, row, lambda number: self._row(number, step, row, *sizes))
+        return {**made, "skipped": np.int32(attempt)}
+
+    def read(self, number: int) -> str:
+        """What a record is called; raises `RefineError` where it cannot be used."""
+        self._row(number, 0, 0, *self.plan.groups[0])
+        return repr(self.dataset[number].instruction)
 
     def _row(self, number: int, step: int, row: int, size: Size, reference_size: Size) -> dict[str, np.ndarray]:
         margin = self.margin
@@ -388,10 +400,13 @@ class _WholeRecords(_Records):
 
 
 class RecordBatches(Batches):
-    """Batches of a dataset's records; `corrupt` collects those that this host had to leave out."""
+    """Batches of a dataset's records; `corrupt` collects those that this host had to leave out.
 
-    def __init__(self, make: _Records, batch_size: int, max_corrupt: float, **hosts):
-        super().__init__(make, batch_size, threads=True, **hosts)
+    make: has `dataset`, `plan`, and `read(number)`, which says what a record is called or why it cannot be used.
+    """
+
+    def __init__(self, make: Any, batch_size: int, max_corrupt: float, threads: bool = True, **hosts):
+        super().__init__(make, batch_size, threads=threads, **hosts)
         total = len(make.dataset)
         self._limit = int(max_corrupt * total) if max_corrupt < 1 else int(max_corrupt)
         self.corrupt: set[int] = set()
@@ -402,7 +417,7 @@ class RecordBatches(Batches):
         batch = super().__next__()
         for row in np.flatnonzero(batch["skipped"]):
             tries = range(int(batch["skipped"][row]))
-            self.corrupt.update(self.plan.record(step, self._first + int(row), attempt) for attempt in tries)
+            self.corrupt.update(self.plan.record(step, self._rows[row], attempt) for attempt in tries)
         if len(self.corrupt) > self._limit:
             shown = "; ".join(self._reason(number) for number in sorted(self.corrupt)[:5])
             raise RefineError(
@@ -413,12 +428,11 @@ class RecordBatches(Batches):
 
     def _reason(self, number: int) -> str:
         try:
-            record = self._make.dataset[number]
-            self._make._row(number, 0, 0, *self.plan.groups[0])
+            name = self._make.read(number)
         except RefineError as error:
             text = str(error)
             return text if "record " in text else str(self._make.dataset.corrupt(number, error))
-        return f"record {number}: {record.instruction!r} could not be read, now it can"
+        return f"record {number}: {name} could not be read, now it can"
 
 
 def record_batches(
@@ -458,7 +472,7 @@ def record_batches(
     references = buckets if reference_buckets is None else [tuple(bucket) for bucket in reference_buckets]
     if not 0 <= margin_jitter < 1:
         raise RefineError(f"data.margin_jitter {margin_jitter}: give 0 or more, and less than 1")
-    _check_corrupt(max_corrupt)
+    check_corrupt(max_corrupt)
     if instruction_bytes is None:
         instruction_bytes = max(1, int(dataset.index[:, 8].max()))
     plan = Plan(dataset.index, seed, batch_size, buckets, references, margin)
@@ -482,7 +496,7 @@ def whole_batches(
 
     A pair goes to the bucket of its picture's aspect, and is resized to it. Masks and references are not looked at.
     """
-    _check_corrupt(max_corrupt)
+    check_corrupt(max_corrupt)
     index = np.array(dataset.index)
     index[:, 2:4], index[:, 4:6], index[:, 6:8] = 0, index[:, :2], 0
     if instruction_bytes is None:
@@ -493,6 +507,7 @@ def whole_batches(
     return RecordBatches(make, batch_size, max_corrupt, start=start, rows=rows, workers=workers)
 
 
-def _check_corrupt(limit: float) -> None:
+def check_corrupt(limit: float) -> None:
+    """Raises `RefineError` for a `data.max_corrupt` that is none."""
     if not limit >= 0:
         raise RefineError(f"data.max_corrupt {limit}: give a share below 1, or a number of records")
