@@ -391,6 +391,10 @@ class Refiner(serving.Door):
         """
         return self.run(serving.read_all(self.read, requests), progress)
 
+    def forget(self) -> None:
+        """Drop the encoded references that are kept for requests to come; the next ones are encoded anew."""
+        self._encoded.clear()
+
     # ------------------------------------------------------------------------------------------------- reading requests
 
     def read(

@@ -217,8 +217,11 @@ def make_refiner(pipe: Any, args: argparse.Namespace, folder: str) -> Any:
     return Refiner(model, from_tensors(model, tensors), load_tokenizer(folder))
 
 
-def our_parts(refiner: Any, inputs: dict[str, Any], spec: Any) -> dict[str, Callable[[], Any]]:
-    """Compiled programs of the parts, each ready to be called: what the whole program does once ("mmdit": one step)."""
+def our_parts(refiner: Any, inputs: dict[str, Any], spec: Any, reference: float | None) -> dict[str, Callable[[], Any]]:
+    """Compiled programs of the parts, each ready to be called: what the whole program does once ("mmdit": one step).
+
+    reference: width over height of the reference picture, None where there is none.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -229,10 +232,10 @@ def our_parts(refiner: Any, inputs: dict[str, Any], spec: Any) -> dict[str, Call
     model, variables = refiner.model, refiner.variables
     rng = np.random.default_rng(0)
     pixels = lambda size: jnp.asarray(rng.integers(0, 256, (1, *size, 3)).astype(np.float32))
-    sizes = [spec.crop, spec.reference, spec.crop] if spec.reference else [spec.crop, spec.crop]
-    views = [spec.crop_views[-1]] * 2
-    if spec.reference:
-        views.insert(1, spec.reference_views[-1])
+    sizes, views = [spec.crop] * 2, [spec.crop_views[-1]] * 2
+    if reference:
+        sizes.insert(1, model.vae_size(reference))
+        views.insert(1, model.vl_sizes(reference)[-1])
     images, seen = [pixels(size) for size in sizes], [pixels(size) for size in views]
     prompts = [inputs["prompt"]] + ([inputs["negative"]] if "negative" in inputs else [])
     rows = len(prompts)
@@ -272,7 +275,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from refine_jax import focus
+    from refine_jax import executables, focus
     from refine_jax import refine as program
 
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
@@ -297,14 +300,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         reference=image[: side // 2, : side // 2] if args.reference else None,
         noise=rng.standard_normal((*refiner.model.latent_size(size), refiner.model.vae.z_dim), dtype=np.float32),
     )
-    seen = []
+    seen, called = [], executables.Store.call
 
-    def record(variables: Any, lora: Any, inputs: Any, **static: Any) -> Any:
-        seen[:] = [(inputs, static["spec"])]
-        return compiled(variables, lora, inputs, **static)
+    def record(store: Any, function: Any, *arguments: Any, **static: Any) -> Any:
+        if function is program.refine_program:
+            seen[:] = [(arguments[-1], static["spec"])]
+        return called(store, function, *arguments, **static)
 
-    compiled = program.refine_program
-    ours_once = lambda: np.asarray(refiner.refine(**request, steps=args.steps, true_cfg_scale=args.true_cfg))
+    def ours_once() -> Any:
+        refiner.forget()  # the reference is read each time, as the reference implementation does
+        return np.asarray(refiner.refine(**request, steps=args.steps, true_cfg_scale=args.true_cfg))
 
     now = time.process_time if args.clock == "cpu" else time.perf_counter
 
@@ -313,9 +318,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         result = jax.block_until_ready(function())
         return now() - start, result
 
-    with mock.patch.object(program, "refine_program", record):
+    with mock.patch.object(executables.Store, "call", record):
         first, ours = clock(ours_once)
-        parts = our_parts(refiner, *seen[0])
+        parts = our_parts(refiner, *seen[0], reference=1.0 if args.reference else None)
         for part in parts.values():
             clock(part)
         times: dict[str, dict[str, list[float]]] = {"ours": defaultdict(list), "reference": defaultdict(list)}
