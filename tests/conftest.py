@@ -6,9 +6,12 @@ from importlib.metadata import version
 # The programs of the tests run for milliseconds and compile for seconds: LLVM is told to hurry, and the older emitters
 # of fused loops, where this XLA still has them, give it a third of the work. What the compiled code computes stays
 # within every tolerance.
+# REFINE_JAX_TESTS_COMPILE=default (.ci/run, for comparisons with the references) leaves the compiler as users have it.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if tuple(map(int, version("jaxlib").split(".")[:2])) <= (0, 10):  # a flag that XLA does not know ends the process
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+if os.environ.get("REFINE_JAX_TESTS_COMPILE") == "default":
+    FLAGS = []
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).strip()
 # One thread each: workers of pytest-xdist share the machine, and torch and XLA would fight over its cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

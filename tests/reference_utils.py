@@ -1,9 +1,14 @@
 """Helpers for comparing our networks with their PyTorch references on random weights."""
 
+import os
+
 import numpy as np
 import torch
 
 torch.set_num_threads(1)
+
+# Compiling is most of the time of small programs, and the arithmetic is the same at any level (see conftest.py).
+QUICK = None if os.environ.get("REFINE_JAX_TESTS_COMPILE") == "default" else {"xla_backend_optimization_level": 0}
 
 
 def randomise(module: torch.nn.Module, seed: int, *, gain: float = 1.0) -> torch.nn.Module:
@@ -54,6 +59,13 @@ def relative_error(ours, reference) -> float:
     assert ours.shape == reference.shape, (ours.shape, reference.shape)
     assert np.isfinite(ours).all() and np.isfinite(reference).all()
     return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
+
+
+def difference(ours, reference) -> float:
+    """The larger of ‖ours − reference‖ / ‖reference‖ and max |ours − reference| / max |reference|."""
+    return max(
+        relative_error(ours, reference), largest_error(ours, reference) / float(np.abs(as_numpy(reference)).max())
+    )
 
 
 def largest_error(ours, reference) -> float:

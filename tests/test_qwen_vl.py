@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax import linen as nn
+from reference_utils import QUICK
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as reference
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -22,7 +23,7 @@ from refine_jax.models.qwen_vl import QwenVL, QwenVLConfig
 torch.set_num_threads(1)
 IMAGE, START, END = 290, 291, 292
 # Compiling is most of the time here, and the arithmetic is the same at any level.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+quick = functools.partial(jax.jit, compiler_options=QUICK)
 
 # Windows of 4 merge cells; none of these grids divides into whole windows, one fits into a single window.
 GRIDS = ((10, 14), (6, 4), (12, 22))
