@@ -552,6 +552,13 @@ def _main(argv: list[str]) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), "MemoryError")[:200]
+        remedy = "give a smaller picture, fewer regions at once, a smaller batch, or dtype bfloat16"
+        print(f"refine-jax: not enough memory ({reason}); {remedy}", file=sys.stderr)
+        return 1
     return 0
 
 

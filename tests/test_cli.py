@@ -267,6 +267,19 @@ def test_a_failure_while_writing_leaves_nothing(folder, model, monkeypatch, capf
     assert capfd.readouterr().err == "refine-jax: compare: broken\n" and list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: out of memory\nallocating …")])
+def test_too_little_memory_is_said_in_one_line(folder, model, monkeypatch, capfd, error):
+    from refine_jax.refine import Refiner
+
+    def grow(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Refiner, "refine", grow)
+    assert run("refine", *ALL, "--model", model) == 1
+    said = capfd.readouterr().err
+    assert said.startswith("refine-jax: not enough memory (") and said.count("\n") == 1 and "smaller picture" in said
+
+
 def test_interruption(folder, model, monkeypatch, capfd):
     from refine_jax.refine import Refiner
 
