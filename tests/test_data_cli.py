@@ -160,6 +160,22 @@ def test_import_of_a_folder(source, tmp_path):
     assert run("data", "import", folder, "--output", tmp_path / "other", "--quiet") == 2
 
 
+def test_names_and_texts_that_no_file_system_or_encoding_takes(source, tmp_path, capsys):
+    one, *_ = lines_of(source)
+    bad = [{**one, "instruction": "\ud83d"}, {**one, "image": "x" * 300 + ".png"}, {**one, "mask": "a\0b.png"}]
+    write(source, bad)
+    assert run("data", "import", source / "pairs.jsonl", "--output", tmp_path / "set", "--quiet") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "3 problems, nothing is written" in error
+    assert "pairs.jsonl:1: instruction holds half a surrogate pair" in error and error.count("no such file") == 2
+    # Odd names that are none of that.
+    for name in ("ein bild.png", "图 'ü\".png"):
+        (source / name).write_bytes((source / "i1.png").read_bytes())
+    write(source, [{**one, "image": name} for name in ("ein bild.png", "图 'ü\".png")])
+    assert run("data", "import", source / "pairs.jsonl", "--output", tmp_path / "set", "--quiet") == 0
+    assert len(records.Dataset(tmp_path / "set")) == 2
+
+
 def test_every_bad_line_is_listed_and_nothing_is_written(source, tmp_path, capsys):
     one, two, three = lines_of(source)
     bad = [

@@ -131,7 +131,7 @@ def read_source(source: str | Path, defaults: Mapping[str, str] | None = None) -
     else:
         raise RefineError(f"{source}: no such file or folder; give a JSONL file or a folder of pictures")
     for entry in entries:
-        problems += [f"{entry.where}: {path}: no such file" for path in entry.files() if not Path(path).is_file()]
+        problems += [f"{entry.where}: {path[:200]}: no such file" for path in entry.files() if not _is_file(path)]
         if not entry.instruction.strip():
             problems.append(f"{entry.where}: instruction is empty")
     if problems:
@@ -141,6 +141,13 @@ def read_source(source: str | Path, defaults: Mapping[str, str] | None = None) -
     missing = {name: text for name, text in (defaults or {}).items() if text}
     fill = lambda entry: {name: text for name, text in missing.items() if not getattr(entry, name)}
     return tuple(dataclasses.replace(entry, **fill(entry)) for entry in entries)
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):  # a name that is too long, a NUL
+        return False
 
 
 def _read_lines(path: Path) -> tuple[list[Entry], list[str]]:
@@ -178,6 +185,10 @@ def _parse(line: str, where: str, folder: Path) -> Entry:
     for name in (*_PATHS, *_TEXTS):
         if not isinstance(fields.get(name, ""), str):
             raise RefineError(f"{where}: {name} is a {type(fields[name]).__name__}, a string is wanted")
+        try:
+            fields.get(name, "").encode()
+        except UnicodeEncodeError:
+            raise RefineError(f"{where}: {name} holds half a surrogate pair; write the whole character") from None
     if "box" in fields:
         box = fields.pop("box")
         if not isinstance(box, list) or len(box) != 4 or any(type(v) is not int for v in box):
