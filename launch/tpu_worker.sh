@@ -47,7 +47,7 @@ install() {
   mkdir "$HOME_OF_RUN/source"
   tar -xzf "$HOME/refine-jax-$NAME.tar.gz" -C "$HOME_OF_RUN/source"
   [[ -x $HOME_OF_RUN/venv/bin/python ]] || environment
-  "$HOME_OF_RUN/venv/bin/python" -m pip install --quiet -e "$HOME_OF_RUN/source[tpu]"
+  "$HOME_OF_RUN/venv/bin/python" -m pip install --quiet -e "$HOME_OF_RUN/source[tpu,watch]"
   printf '%s\n' "$version" >"$HOME_OF_RUN/installed"
   echo "$(hostname): installed $version"
 }

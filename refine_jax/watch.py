@@ -71,6 +71,8 @@ class Watch:
             checkpoint.write_text(history, "".join(line + "\n" for line in _lines(history, first)))
             self._scalars = self._stack.enter_context(open(history, "a", encoding="utf-8"))
             self._board = _board(workdir / "tensorboard", first, self._stack)
+            if (config.get("pictures") or {}).get("every") and objective.sampler is None:
+                tqdm.write("pictures: none are made, since this objective or its cache has no sampler", file=sys.stderr)
         self._profile = tuple(config.get("profile", ())) or None
         self._tracing = False
         self._asked = threading.Event()
@@ -188,6 +190,7 @@ def _board(folder: Path, first: int, stack: contextlib.ExitStack) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
+        tqdm.write('no TensorBoard scalars without tensorboardX: pip install -e ".[watch]"', file=sys.stderr)
         return None
     # A resumed run writes over what the killed one wrote after its last checkpoint.
     return stack.enter_context(SummaryWriter(str(folder), purge_step=first + 1))
