@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
         remat="full",
         rules=recipes.SPREAD,
         ema_decay=0.0,
-        lora=dict(rank=256, alpha=256.0, targets="decoder/layers/(und|gen)/(mlp/)?(q|k|v|o|gate|up|down)_proj"),
+        lora=dict(rank=64, alpha=64.0, targets="decoder/layers/(und|gen)/(mlp/)?(q|k|v|o|gate|up|down)_proj"),
     )
     config.data.sources.understanding.weight = 0.0
     return config
