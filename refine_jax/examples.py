@@ -11,7 +11,7 @@ from refine_jax.data.world import Spec
 from refine_jax.errors import RefineError
 
 # Which of the held-out prompts.
-_MISALIGNED = 18
+_MISALIGNED = 104
 ASSETS = Path(__file__).parent / "assets" / "example"
 
 
