@@ -45,7 +45,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "optimizer.clip": (_TINY, math.inf),
     "optimizer.decay": (0.0, 1.0),
     "optimizer.eps": (0.0, 1.0),
-    "optimizer.learning_rate": (0.0, 1e3),
+    "optimizer.learning_rate": (0.0, math.inf),
     "optimizer.weight_decay": (0.0, 1e3),
     "sigma.shift": (0.01, 1e3),
 }

@@ -202,7 +202,7 @@ GUIDED = {
 }
 REFINE = {
     "negative_prompt": PROMPT,
-    "true_cfg_scale": st.floats(0, 1e30),
+    "true_cfg_scale": st.floats(0, 1e3),
     "margin": st.floats(0, 1e30) | st.integers(0, 2**53),
     "focus": st.booleans(),
     "feather": st.sampled_from(["released", "paper"]),
