@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -68,9 +69,9 @@ def read_head(folder: str | Path, model: ModelConfig) -> dict[str, jax.Array]:
     return {name: jnp.asarray(leaf, jnp.float32) for name, leaf in found.items()}
 
 
-def write_head(folder: str | Path, head: Mapping[str, Any]) -> None:
+def write_head(folder: str | Path, head: Mapping[str, np.ndarray]) -> None:
     """Put the layer beside the model in `folder`."""
-    checkpoint.write_tensors(Path(folder) / HEAD, {name: jax.device_get(leaf) for name, leaf in head.items()})
+    checkpoint.write_tensors(Path(folder) / HEAD, dict(head))
 
 
 def label_error(features: jax.Array, head: Mapping[str, jax.Array], labels: jax.Array, rows: int) -> jax.Array:

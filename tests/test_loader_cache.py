@@ -1,6 +1,7 @@
 """A cache of latents and conditioning tokens gives the objective what encoding online gives, and no other model's."""
 
 import json
+import multiprocessing
 import shutil
 
 import jax
@@ -95,22 +96,26 @@ def _name(target) -> tuple:
 
 def test_batches_are_those_of_the_seed_on_any_hosts_and_workers(made):
     *_, opened = made
+    before = set(multiprocessing.active_children())
     whole = cache.batches(opened, 3, 4, dropout=0.4)
     parts = [cache.batches(opened, 3, 4, dropout=0.4, rows=rows) for rows in ((0, 1), (2, 3))]
     worked = cache.batches(opened, 3, 4, dropout=0.4, workers=1, start=1)
     seen = []
     try:
-        for step in range(4):
+        for step in range(7):
             batch, shares = next(whole), [next(part) for part in parts]
             seen += [_name(target) for target in batch["target"]]
             for name, value in batch.items():
                 assert np.array_equal(value, np.concatenate([share[name] for share in shares]))
             if step:
                 other = next(worked)
+                if step == 1:  # another takes over
+                    for worker in set(multiprocessing.active_children()) - before:
+                        worker.kill()
                 assert all(np.array_equal(batch[name], other[name]) for name in batch)
     finally:
         worked.close()
-    assert len(set(seen)) == 10
+    assert worked._deaths == 1 and len(set(seen)) == 10
 
 
 def test_a_damaged_entry_is_left_out_and_counted(made, tmp_path):

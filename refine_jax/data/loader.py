@@ -118,7 +118,7 @@ class Batches(grain.DatasetIterator):
                     "want of memory; give fewer workers, or find who ends them"
                 ) from error
             self.close_workers()  # whoever takes over begins where the others stopped
-            return next(self)
+            return Batches.__next__(self)  # not a subclass's, which would do its part twice
         if self._processes:
             # A large array stays in the memory that it shares with the worker, which lasts as long as the array does. A
             # small one is copied out of it: each holds an open file.
