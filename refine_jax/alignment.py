@@ -1,6 +1,7 @@
-"""Representation alignment with the small world's own labels: which shape or letter is where.
+"""Representation alignment with the labels of pictures that are made here: which shape or letter is where.
 
-One linear layer reads the label map (`data.world.labels`) from what a block of the MMDiT makes of the noisy picture;
+One linear layer reads the label map (`data.world.labels`, `data.synth.labels`) from what a block of the MMDiT makes of
+the noisy picture;
 its cross entropy is added to the flow's error (REPA, arXiv:2410.06940, with labels in the place of a pretrained
 encoder's features). The layer is no part of the model: it lies beside it, and a training that goes on from the model
 takes it up.
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from refine_jax import checkpoint, losses
-from refine_jax.data import loader, world
+from refine_jax.data import loader
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig
 from refine_jax.models.layers import layer_norm
@@ -31,8 +32,11 @@ HEAD = "alignment.safetensors"
 def check(settings: Mapping[str, Any], source: str, model: ModelConfig, adapter: bool) -> None:
     """Raises `RefineError` where `config.alignment` (block, weight) does not go with the data, the model, or a LoRA."""
     mmdit, side = model.mmdit, _token_side(model)
-    if source != "world" or adapter:
-        raise RefineError("alignment: only the small world has labels, and a LoRA needs none; leave alignment out")
+    if source not in loader.LABELS or adapter:
+        raise RefineError(
+            f"alignment: only pairs of {' and '.join(loader.LABELS)} have labels, and a LoRA needs none; "
+            "leave alignment out"
+        )
     if mmdit.scan or not 0 <= settings["block"] < mmdit.num_layers:
         raise RefineError(
             f"alignment.block {settings['block']}: give one of 0 to {mmdit.num_layers - 1}, and scan=False"
@@ -45,18 +49,18 @@ def _token_side(model: ModelConfig) -> int:
     return model.vae.spatial_ratio * model.mmdit.patch_size
 
 
-def new_head(model: ModelConfig) -> dict[str, jax.Array]:
-    """A layer that knows nothing: kernel [width, cells a token · LABELS], bias, zeros."""
-    width = (_token_side(model) // loader.LABEL_CELL) ** 2 * world.LABELS
+def new_head(model: ModelConfig, source: str) -> dict[str, jax.Array]:
+    """A layer that knows nothing of the labels of `source`: kernel [width, cells a token · labels], bias, zeros."""
+    width = (_token_side(model) // loader.LABEL_CELL) ** 2 * loader.LABELS[source]
     return {"kernel": jnp.zeros((model.mmdit.width, width)), "bias": jnp.zeros(width)}
 
 
-def read_head(folder: str | Path, model: ModelConfig) -> dict[str, jax.Array]:
+def read_head(folder: str | Path, model: ModelConfig, source: str) -> dict[str, jax.Array]:
     """The layer that lies beside the model in `folder`, a new one where there is none.
 
     Raises `RefineError` for a file that cannot be read, or is that of another network.
     """
-    path, new = Path(folder) / HEAD, new_head(model)
+    path, new = Path(folder) / HEAD, new_head(model, source)
     if not path.is_file():
         return new
     try:

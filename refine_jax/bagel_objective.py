@@ -42,7 +42,8 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
     MSE: of the velocity, a mean over features and over the tokens of all pictures to be painted in the global batch;
     t is drawn once a picture (`config.sigma`). CE: a mean over the tokens of all answers. The VAE is frozen; trained
     are all weights of the decoder and the tower, or a LoRA where `config.lora` gives rank, alpha, targets (an
-    expression for the paths of dense layers). Trained weights are float32, the rest and the computation `config.dtype`.
+    expression for the paths of dense layers), fresh or from the file `config.lora.init_from`. Trained weights are
+    float32, the rest and the computation `config.dtype`.
 
     Starts from a model folder or a BAGEL or RvR folder (`config.init_from`, `config.weights`), or at random with the
     architecture `config.model`. `config.conditioning`, `vae_sides`, `vit_sides` replace the model's where they are set.
@@ -64,6 +65,8 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
         return source.parameters(model.abstract(frozen), shardings, config.dtype, progress=bool(config.init_from))
 
     def initial(shardings: Any) -> Any:
+        if adapter:
+            return jax.device_put(loading.adapter_to_train(adapter, model, init), shardings)
         return source.parameters(model.abstract(trained), shardings, "float32", progress=True)
 
     def adapters(params: Any) -> Any:
@@ -104,7 +107,7 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
         export=export,
         frozen=boxed,
         load=load,
-        initial=initial if config.init_from and trained else None,
+        initial=initial if (adapter.get("init_from") if adapter else config.init_from) else None,
         batch_shapes=batch_shapes,
         model=model,
     )

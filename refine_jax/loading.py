@@ -304,6 +304,24 @@ def adapter_metadata(config: ModelConfig) -> dict[str, str]:
     return {_SHOWN: json.dumps(said)}
 
 
+def adapter_to_train(settings: Mapping[str, Any], config: Model, init: Callable[[jax.Array], Any]) -> dict[str, Any]:
+    """What a training that goes on from the adapter `settings["init_from"]` starts with, in the place of `init(key)`.
+
+    settings: `config.lora`. config: the model that is trained; it must be shown what the adapter was trained with.
+    Raises `RefineError` naming the file, as `convert.lora.training_values` does too.
+    """
+    wanted = meta.unbox(jax.eval_shape(init, jax.random.key(0)))["lora"]
+    adapter = lora.read_adapter(settings["init_from"], config.abstract())
+    if isinstance(config, ModelConfig):
+        shown = _shown(config, [adapter])
+        if (shown.conditioning, shown.prompt) != (config.conditioning, config.prompt):
+            raise RefineError(
+                f"{adapter.source}: was trained with conditioning {shown.conditioning!r} and its prompt, this training "
+                f"has {config.conditioning!r}; set conditioning and prompt alike"
+            )
+    return {"lora": lora.training_values(adapter, wanted, settings["alpha"] / settings["rank"])}
+
+
 def _shown(config: ModelConfig, adapters: Sequence[lora.Adapter]) -> ModelConfig:
     """The model with the conditioning of its adapters. Raises `RefineError` where they contradict each other."""
     found: dict[str, tuple[str, prompts.PromptTemplate]] = {}

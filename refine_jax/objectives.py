@@ -133,11 +133,12 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     picture: what remains is text to image.
 
     Starts from a model (`config.init_from`, whatever `Refiner.load` takes), or from scratch: then `config.model` is the
-    architecture, and what is frozen comes from the model `config.vae_from`. Trained are a LoRA of the MMDiT
-    where `config.lora` gives rank, alpha, targets (an expression for the paths of its dense layers); otherwise the
-    MMDiT, and the vision-language encoder too where `config.train_encoder` is set. Frozen weights and computation are
-    `config.dtype`, trained ones float32. `config.alignment` (block, weight): see `alignment`. `config.remat`,
-    `config.scan`: of the MMDiT's blocks, by default as the model has them.
+    architecture, and what is frozen comes from the model `config.vae_from`. Trained are a LoRA of the MMDiT where
+    `config.lora` gives rank, alpha, targets (an expression for the paths of its dense layers), a fresh one or that of
+    the file `config.lora.init_from`; otherwise the MMDiT, and the vision-language encoder too where
+    `config.train_encoder` is set. Frozen weights and computation are `config.dtype`, trained ones float32.
+    `config.alignment` (block, weight): see `alignment`. `config.remat`, `config.scan`: of the MMDiT's blocks, by
+    default as the model has them.
     """
     adapter, data = config.get("lora"), config.data
     kinds = ("synth", "records", "cache", "world")
@@ -164,9 +165,11 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         return read(frozen, shardings, config.dtype)
 
     def initial(shardings: Any) -> Any:
+        if adapter:
+            return jax.device_put(loading.adapter_to_train(adapter, model, init), shardings)
         trees = read(trained, {name: shardings[name] for name in trained}, "float32")
         if aligned:
-            head = alignment.read_head(source.folder, model)
+            head = alignment.read_head(source.folder, model, data.source)
             trees[alignment.NAME] = jax.device_put(head, shardings[alignment.NAME])
         return trees
 
@@ -186,7 +189,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         params = model.init(key, trained)
         if config.get("aligned_heads") and not config.init_from:
             params["mmdit"] = aligned_heads(params["mmdit"], model.mmdit, config.aligned_heads)
-        return params | ({alignment.NAME: alignment.new_head(model)} if aligned else {})
+        return params | ({alignment.NAME: alignment.new_head(model, data.source)} if aligned else {})
 
     def adapters(params: Any) -> Any:
         return scale_lora(params["lora"], adapter.alpha / adapter.rank) if adapter else {}
@@ -207,7 +210,13 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
             return cache.batches(found, config.seed, config.batch_size, dropout=dropout, max_corrupt=limit, **hosts)
         common = dict(seed=config.seed, batch_size=config.batch_size, buckets=buckets, **hosts)
         if data.source == "synth":
-            pairs = loader.refine_batches(split="train", weights=data.get("weights") or None, **common)
+            pairs = loader.refine_batches(
+                split="train",
+                weights=data.get("weights") or None,
+                reference_share=data.get("reference_share"),
+                labels=bool(aligned),
+                **common,
+            )
         elif data.source == "world":
             kind = data.get("pairs", loader.WORLD_PAIRS[0])
             pairs = loader.world_batches(
@@ -259,9 +268,10 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         )
         there = dict(has_image=shape(jnp.bool_))
         grid = lambda bucket: [side // loader.LABEL_CELL for side in bucket]
-        labels = lambda bucket: dict(labels=shape(jnp.uint8, *grid(bucket), world.LABELS)) if aligned else {}
-        whole = lambda bucket: there | labels(bucket)
-        more = around if masked else whole
+        told = lambda bucket: (
+            dict(labels=shape(jnp.uint8, *grid(bucket), loader.LABELS[data.source])) if aligned else {}
+        )
+        more = lambda bucket: (around(bucket) if masked else there) | told(bucket)
         return [pictures(bucket) | more(bucket) | dict(prompt=prompt) for bucket in buckets]
 
     def loss(params: Any, frozen: Any, batch: dict, key: jax.Array) -> tuple[jax.Array, dict]:
@@ -327,7 +337,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         export=export,
         frozen=boxed,
         load=load,
-        initial=initial if config.init_from and trained else None,
+        initial=initial if (adapter.get("init_from") if adapter else config.init_from) else None,
         batch_shapes=batch_shapes,
         sampler=None if cached else sampler,
         samples=None if cached else samples,

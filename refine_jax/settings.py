@@ -33,6 +33,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "ce_weight": (0.0, math.inf),
     "data.margin_jitter": (0.0, _BELOW_ONE),
     "data.max_corrupt": (0.0, math.inf),
+    "data.reference_share": (0.0, 1.0),
     "data.text_dropout": (0.0, 1.0),
     "data.text_to_image": (0.0, 1.0),
     "ema_decay": (0.0, _BELOW_ONE),
@@ -53,11 +54,11 @@ _NUMBERS: dict[str, tuple[float, float]] = {
 _GROUPS: dict[str, tuple[str, ...]] = {
     "alignment": ("block", "weight"),
     "boundary": ("r_out", "r_in", "alpha"),
-    "lora": ("rank", "alpha", "targets"),
+    "lora": ("rank", "alpha", "targets", "init_from"),
     "pictures": ("every", "count"),
     "sigma": ("distribution", "shift"),
 }
-_SPARE = ("sigma.distribution", "sigma.shift")
+_SPARE = ("sigma.distribution", "sigma.shift", "lora.init_from")
 _SIGMA = ("uniform", "logit_normal")
 
 

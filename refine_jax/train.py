@@ -244,7 +244,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
         preemption = stack.enter_context(checkpoint.Preemption())
 
         # -------------------------------------------------------------- the state: this run's, a model's, or scratch
-        frozen = objective.load(jax.tree.map(lambda leaf: leaf.sharding, program.frozen))
         key, elapsed = jax.random.key(config.seed), 0.0
         restored = checkpoint.restore_state(mngr, program.state)
         if restored is not None:
@@ -257,6 +256,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
             shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
             state = program.begin(objective.initial(shardings) if objective.initial else program.init(key), key)
         first = int(state.step)
+        frozen = objective.load(jax.tree.map(lambda leaf: leaf.sharding, program.frozen))
 
         # -------------------------------------------------------------- the loop
         stack.enter_context(program.context())

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import string
 
 import numpy as np
 import pytest
@@ -72,6 +73,43 @@ def test_reference_share_changes_nothing_else():
         assert with_["has_reference"] and not without["has_reference"]
         for name in ("image", "target", "mask", "instruction", "word"):
             assert np.array_equal(with_[name], without[name])
+
+
+@pytest.mark.parametrize("bucket", (*BUCKETS, (64, 96)))
+def test_labels_say_which_letter_is_where(bucket):
+    """A cell is shared out; letters stand in the order of the word, and what differs from the background lies in their
+    boxes; a logo has one label. Asking for labels changes nothing else."""
+    kinds = "\0\1" + string.ascii_letters + string.digits  # background, logo
+    for index in range(12):
+        plain, pair = (synth.sample(2, index, bucket, reference_share=0.0, cell=cell) for cell in (0, 4))
+        labels = pair.pop("labels")
+        assert same(plain, pair)
+        assert labels.shape == (bucket[0] // 4, bucket[1] // 4, synth.LABELS) and labels.dtype == np.uint8
+        assert (labels.astype(int).sum(-1) == 255).all()
+        shares = labels / 255
+        if pair["kind"] == "logo":
+            assert shares[..., 1].sum() > 4 and not shares[..., 2:].any()
+            continue
+        assert not shares[..., 1].any()
+        lines = pair["word"].split(" ")
+        letters = {letter for letter in pair["word"].replace(" ", "")}
+        found = {kinds[k] for k in range(2, len(kinds)) if shares[..., k].any()}
+        assert found <= letters and len(found) >= 0.7 * len({letter for letter in letters if letter in kinds})
+        if len(lines) == 1 and len(set(lines[0])) == len(lines[0]):
+            columns = np.arange(shares.shape[1])
+            centres = [
+                (shares[..., kinds.index(letter)].sum(0) * columns).sum() / shares[..., kinds.index(letter)].sum()
+                for letter in lines[0]
+                if letter in found
+            ]
+            assert centres == sorted(centres)
+        outside = np.kron(shares[..., 0], np.ones((4, 4))) == 1
+        changed = np.abs(pair["target"].astype(int) - np.median(pair["target"], axis=(0, 1))).sum(-1)
+        assert changed[~outside].mean() > 0.5 * changed[outside].mean()
+    batch = next(loader.refine_batches(2, 2, (bucket,), reference_share=0.0, labels=True))
+    assert not batch["has_reference"].any()
+    for row in range(2):
+        np.testing.assert_array_equal(batch["labels"][row], synth.sample(2, row, bucket, cell=4)["labels"])
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)

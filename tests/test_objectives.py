@@ -1,11 +1,16 @@
 """What an objective starts from."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 from flax.linen import meta
 
+from refine_jax import alignment, objectives
+from refine_jax.data import synth
 from refine_jax.errors import RefineError
 from refine_jax.models.layers import apply_rotary, rotary_angles
 from refine_jax.models.mmdit import MMDiT, MMDiTConfig, image_positions
@@ -55,3 +60,31 @@ def test_aligned_heads_refuse_what_they_cannot_align():
         aligned_heads({}, config, (1,))
     with pytest.raises(RefineError, match="aligned_heads"):
         aligned_heads({}, MMDiTConfig(axes_dims_rope=(8, 28, 28), **CONFIG), (1, 2, 3, 4))
+
+
+def test_words_in_photographs_can_be_told_letter_by_letter():
+    """`config.alignment` of synthetic pairs: labels come with the batches, and each token is read by its own cells."""
+    config = toy.refine_config("")
+    config.alignment = dict(block=1, weight=0.5)
+    config.data.update(dict(buckets=((32, 96),), reference_share=0.0))
+    objective = objectives.make(config, toy.model_config(scan=False))
+    batch_shape = objective.batch_shapes()[0]
+    assert batch_shape["labels"].shape == (2, 8, 24, synth.LABELS)
+    new = objective.init(jax.random.key(0))[alignment.NAME]
+
+    side = 32 // 4  # a token's side is that of two cells or of one
+    cells = toy.model_config().vae.spatial_ratio * toy.model_config().mmdit.patch_size // 4
+    rows, columns = side // cells, 24 // cells
+    assert new["kernel"].shape == (toy.model_config().mmdit.width, cells**2 * synth.LABELS)
+    labels = np.zeros((1, 8, 24, synth.LABELS), np.uint8)
+    kinds = np.random.default_rng(0).integers(0, synth.LABELS, (8, 24))
+    np.put_along_axis(labels[0], kinds[..., None], 255, -1)
+    # Features that name their token: a layer that knows the map by heart makes no error, one of another map does.
+    features = np.eye(rows * columns, dtype=np.float32)[None]
+    normed = features - features.mean(-1, keepdims=True)
+    normed /= np.sqrt(np.square(normed).mean(-1, keepdims=True) + 1e-6)
+    wanted = labels.reshape(rows, cells, columns, cells, -1).swapaxes(1, 2).reshape(rows * columns, -1) / 255.0
+    bias = 100.0 * wanted.mean(0)
+    head = {"kernel": np.linalg.pinv(normed[0]) @ (100.0 * wanted - bias), "bias": bias}
+    error = lambda which: alignment.label_error(features, head, which, rows)
+    assert error(labels) < 0.05 < 10 < error(labels[:, :, ::-1])

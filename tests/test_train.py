@@ -586,6 +586,39 @@ def test_a_lora_is_trained_killed_resumed_and_exported(base, tmp_path, monkeypat
         assert picture.size[0] > 3 * 128
 
 
+def test_a_lora_goes_on_from_another(base, tmp_path, cache):
+    """Without steps it would be the same file; a step later it is near it. What does not fit is said before a step."""
+    first = train(lora_config(base), tmp_path / "first", progress=False) / objectives.LORA_FILE
+    config = lora_config(base)
+    config.lora.update(dict(init_from=str(first), alpha=1.0))  # another scale, the same function
+    shardings = parallel.param_shardings(objectives.make(config).init(jax.random.key(0)), None)
+    values = objectives.make(config).initial(shardings)["lora"]["mmdit"]["blocks"]["attn"]
+    loaded = Refiner.load(base, lora=first).lora["mmdit"]["blocks"]["attn"]
+    assert values.keys() == loaded.keys()
+    for name, layer in values.items():
+        np.testing.assert_array_equal(layer["a"], loaded[name]["a"])
+        np.testing.assert_allclose(layer["b"] * 0.5, loaded[name]["b"], rtol=1e-6)
+    config.steps, config.save_every = 1, 1
+    config.optimizer.learning_rate = 1e-4
+    folder = train(config, tmp_path / "second", progress=False)
+    before, after = load_file(first), load_file(folder / objectives.LORA_FILE)
+    assert before.keys() == after.keys()
+    changes = [np.abs(after[name] - before[name]).max() for name in before]
+    assert 0 < max(changes) < 1e-3
+
+    for changes, words in (
+        (dict(rank=4), ("ranks other than 4", "to_q 2", "set lora.rank")),
+        (dict(targets="blocks/attn/to_q"), ("not trained", "to_out", "widen lora.targets")),
+        (dict(targets="blocks/attn/to_(q|k|out)"), ("lacks", "to_k", "narrow lora.targets")),
+        (dict(init_from=str(tmp_path / "none.safetensors")), ("none.safetensors", "no such file")),
+    ):
+        other = lora_config(base)
+        other.lora.update(dict(init_from=str(first)) | changes)
+        with pytest.raises(RefineError) as error:
+            train(other, tmp_path / "other", progress=False)
+        assert all(word in str(error.value) for word in words), error.value
+
+
 def test_a_lora_is_trained_on_records(base, tmp_path, cache):
     command = ["data", "synth", "--output", str(tmp_path / "data"), "--count", "6", "--size", "256,256"]
     assert cli.main(command) == 0

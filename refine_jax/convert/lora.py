@@ -431,6 +431,33 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float] | None = None)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def training_values(adapter: Adapter, wanted: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """The adapter as a training goes on with it: float32, `scale` (alpha / rank of the training) taken out of ``b``.
+
+    wanted: the collection that is trained, {"mmdit": tree, …} of anything with a shape. Raises RefineError, naming the
+    file, where it adapts other layers, or has another rank.
+    """
+    found, needed = _pairs(adapter.trees, f"LoRA {adapter.source}"), {}
+    for path, leaf in traverse_util.flatten_dict(dict(wanted), sep="/").items():
+        needed.setdefault(path.rpartition("/")[0], {})[path.rpartition("/")[2]] = leaf
+    problems = {
+        "layers that are not trained (widen lora.targets)": sorted(found.keys() - needed.keys()),
+        "trained layers that it lacks (narrow lora.targets)": sorted(needed.keys() - found.keys()),
+    }
+    for layer in found.keys() & needed.keys():
+        rank, ranks = needed[layer]["a"].shape[-1], set(adapter.ranks[layer])
+        if ranks != {rank}:
+            text = f"{layer} {', '.join(map(str, sorted(ranks)))}"
+            problems.setdefault(f"ranks other than {rank} (set lora.rank; 0: a block is missing)", []).append(text)
+    said = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
+    if said:
+        raise RefineError(f"{adapter.source}: lora.init_from is not of the LoRA that is trained; {'; '.join(said)}")
+    flat = {}
+    for layer, (a, b) in found.items():
+        flat[f"{layer}/a"], flat[f"{layer}/b"] = a.astype(np.float32), b.astype(np.float32) / np.float32(scale)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
 def merge(variables: Mapping[str, Any], lora: Mapping[str, Any], consume: bool = False) -> dict[str, Any]:
     """The parameters with ``kernel + a @ b`` where `lora` has an entry: float32 sums, rounded to the kernel's dtype.
 

@@ -27,6 +27,9 @@ Size = tuple[int, int]
 
 INSTRUCTION_BYTES = 96
 _WORLD_BYTES = 256
+# Pixels a side of a cell of a label map, and how many kinds of labels the pairs have that are made here.
+LABEL_CELL = 4
+LABELS = {"synth": synth.LABELS, "world": world.LABELS}
 _COPIED = 1 << 20  # bytes
 _AHEAD = 2  # batches that a worker makes before they are asked for
 _DEATHS = 3  # of workers, after which it is no accident
@@ -177,11 +180,21 @@ class _Pairs:
     batch_size: int
     order: tuple[Size, ...]
     split: str
+    reference_share: float | None
+    labels: bool
 
     def __call__(self, step: int, row: int) -> dict[str, np.ndarray]:
         bucket = self.order[step % len(self.order)]
-        pair = synth.sample(self.seed, step * self.batch_size + row, bucket, self.split)
-        return {
+        pair = synth.sample(
+            self.seed,
+            step * self.batch_size + row,
+            bucket,
+            self.split,
+            reference_share=self.reference_share,
+            cell=LABEL_CELL if self.labels else 0,
+        )
+        told = {"labels": pair["labels"]} if self.labels else {}
+        return told | {
             "image": pair["image"],
             "target": pair["target"],
             "mask": pair["mask"],
@@ -199,6 +212,8 @@ def refine_batches(
     split: str = "train",
     *,
     weights: Sequence[float] | None = None,
+    reference_share: float | None = None,
+    labels: bool = False,
     rows: Sequence[int] | None = None,
     workers: int = 0,
     start: int = 0,
@@ -207,20 +222,19 @@ def refine_batches(
 
     Yields {image, target, reference: [b, h, w, 3] uint8, mask: [b, h, w] uint8 (0 or 255), has_reference, is_logo:
     [b] bool, instruction: [b, 96] uint8} with b = len(rows), those of the global batch that are wanted (`Batches`).
-    Buckets alternate by `weights` (default: synth.WEIGHTS, or equal ones for other buckets). Raises RefineError when
-    asset packages are missing, before the first batch.
+    Buckets alternate by `weights` (default: synth.WEIGHTS, or equal ones for other buckets). reference_share: as
+    `synth.sample` takes it. labels: `labels [b, h/4, w/4, synth.LABELS] uint8` too (`synth.labels`). Raises
+    RefineError when asset packages are missing, before the first batch.
     """
     buckets = [tuple(bucket) for bucket in buckets]
     if weights is None:
         weights = [synth.WEIGHTS.get(bucket, 1.0 / 3.0) for bucket in buckets]
     assets.faces(split), assets.logos(split), assets.photo_files(split)
-    make = _Pairs(seed, batch_size, schedule(buckets, weights), split)
+    make = _Pairs(seed, batch_size, schedule(buckets, weights), split, reference_share, labels)
     return Batches(make, batch_size, start=start, rows=rows, workers=workers)
 
 
 WORLD_PAIRS = ("regenerate", "edit", "reconstruct")
-# Pixels a side of a cell of `world.labels`.
-LABEL_CELL = 4
 
 
 @dataclass(frozen=True)

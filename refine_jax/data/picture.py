@@ -73,6 +73,24 @@ def _ink_size(content: Content) -> tuple[float, float, float]:
     return width, letter * (len(boxes) + _LEADING * (len(boxes) - 1)), letter
 
 
+def letter_boxes(content: Content) -> list[tuple[str, tuple[float, float, float, float]]]:
+    """(letter, (x1, y1, x2, y2)) of every letter of some text, in fractions of the ink's box; none for a logo."""
+    if content.logo:
+        return []
+    font, boxes = assets.font(content.face, 64), _line_boxes(content, 64)
+    line = max(1, max(box[3] - box[1] for box in boxes))
+    width = max(1, max(box[2] - box[0] for box in boxes))
+    pitch = (1 + _LEADING) * line
+    height = line + (len(boxes) - 1) * pitch
+    found = []
+    for k, (text, box) in enumerate(zip(content.lines, boxes)):
+        left = (width - (box[2] - box[0])) // 2
+        edges = [left + min(max(font.getlength(text[:n]) - box[0], 0), box[2] - box[0]) for n in range(len(text) + 1)]
+        top, bottom = k * pitch / height, (k * pitch + line) / height
+        found += [(letter, (a / width, top, b / width, bottom)) for letter, a, b in zip(text, edges, edges[1:])]
+    return found
+
+
 _PAD = 2  # empty pixels around a layer, so that its edges stay antialiased when it is transformed
 
 

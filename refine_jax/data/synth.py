@@ -7,9 +7,10 @@ their arguments: bit-identical wherever the same versions of Pillow, numpy and t
 """
 
 import math
+import string
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from refine_jax.data import assets, picture
 from refine_jax.data import content as contents
@@ -23,6 +24,10 @@ Size = tuple[int, int]  # (height, width)
 BUCKETS: dict[Size, tuple[float, float]] = {(32, 96): (1.78, 3.06), (32, 128): (3.06, 5.06), (64, 64): (0.64, 1.56)}
 # Share of each bucket among pairs: words are the task; the square one holds the logos, about a fifth of all pairs.
 WEIGHTS: dict[Size, float] = {(32, 96): 0.38, (32, 128): 0.28, (64, 64): 0.34}
+
+# What a cell of a label map may be: background (which is first), a logo, a letter, any other sign.
+_LETTERS = string.ascii_letters + string.digits
+LABELS = 3 + len(_LETTERS)
 
 _SALT = {"train": 0, "eval": 1}
 
@@ -51,6 +56,7 @@ def sample(
     *,
     degradations: tuple[str, ...] = tuple(DEGRADATIONS),
     reference_share: float | None = None,
+    cell: int = 0,
 ) -> dict:
     """One pair, as the focus crop in a bucket (height, width) = (h, w).
 
@@ -58,9 +64,11 @@ def sample(
       degradations: names to draw from (`degrade.DEGRADATIONS`).
       reference_share: how often there is a reference; default: two thirds, as in the paper's Refine-30K. With 0 and 1
         the pair is otherwise the same, which tells what a reference adds.
+      cell: pixels a side of the cells of a label map; 0: none is made.
 
     Returns {image, target, reference: [h, w, 3] uint8, mask: [h, w] uint8 (0 or 255), has_reference: bool (else the
-    reference is zeros), instruction, word, font ("" for a logo), kind ("text" | "logo"), degradation: str}.
+    reference is zeros), instruction, word, font ("" for a logo), kind ("text" | "logo"), degradation: str}, and where
+    there is a `cell`, labels [h / cell, w / cell, LABELS] uint8 (`labels`).
     Raises RefineError for an unknown split or when the asset packages are missing.
     """
     rng = _generator(seed, index, split, *bucket)
@@ -85,7 +93,8 @@ def sample(
     if has_reference:
         mean = picture.mean_colour(around)
         reference = np.asarray(picture.clean_reference(rng, content, layout, style, mean, bucket))
-    return {
+    told = {"labels": labels(content, layout, bucket, cell)} if cell else {}
+    return told | {
         "image": np.asarray(image.resize((width, height), picture.BICUBIC)),
         "target": np.asarray(target.resize((width, height), picture.BICUBIC)),
         "mask": np.asarray(mask.resize((width, height), Image.Resampling.NEAREST)),
@@ -97,6 +106,28 @@ def sample(
         "kind": "logo" if content.logo else "text",
         "degradation": degradation,
     }
+
+
+def labels(content: contents.Content, layout: picture.Layout, bucket: Size, cell: int) -> np.ndarray:
+    """What share (of 255) of each cell of a pair is background, a logo, each letter, another sign.
+
+    [h / cell, w / cell, LABELS] uint8; they sum to 255. A letter counts with its whole box, a logo with its own.
+    """
+    height, width = bucket
+    number = lambda letter: 2 + _LETTERS.index(letter) if letter in _LETTERS else LABELS - 1
+    boxes = [(number(letter), box) for letter, box in picture.letter_boxes(content)] or [(1, (0.0, 0.0, 1.0, 1.0))]
+    corners = layout.quad / layout.size[::-1] * (width, height)
+    plane = Image.new("L", (width, height))
+    draw = ImageDraw.Draw(plane)
+    for label, (x1, y1, x2, y2) in boxes:
+        place = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
+        share = np.array([((1 - u) * (1 - v), u * (1 - v), u * v, (1 - u) * v) for u, v in place])
+        draw.polygon([tuple(point) for point in (share @ corners).tolist()], fill=label)
+    cells = np.asarray(plane).reshape(height // cell, cell, width // cell, cell).swapaxes(1, 2)
+    shares = (cells.reshape(height // cell, width // cell, -1, 1) == np.arange(LABELS)).mean(2)
+    counts = (shares * 255.0).astype(np.uint8)
+    counts[..., 0] = 255 - counts[..., 1:].sum(-1)
+    return counts
 
 
 def scene(
