@@ -1,7 +1,5 @@
 """What an objective starts from."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -17,7 +17,7 @@ import toy
 from flax import linen as nn
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from refine_jax import configuration, parallel
+from refine_jax import checkpoint, configuration, parallel
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig
 from refine_jax.models.layers import fit_spec
@@ -298,6 +298,38 @@ def packed_rows() -> dict:
     )
 
 
+def moved(objective, values: dict, workdir: Path) -> dict:
+    """A state of parameters and two moments saved from one mesh, restored on others: arrays that differ, and whether
+    each lies as the new mesh's rules say."""
+    import optax
+
+    boxes = jax.eval_shape(objective.init, jax.random.key(0))
+    draw = np.random.default_rng(0)
+    like = lambda leaf: draw.standard_normal(leaf.shape, np.float32)
+    state = {"params": {"mmdit": values}}
+    moments = optax.adam(1e-3).init(state["params"])[0]
+    state |= {"mu": jax.tree.map(like, moments.mu), "nu": jax.tree.map(like, moments.nu)}
+
+    def placed(axes):
+        declared = parallel.param_shardings(boxes, parallel.make_mesh(axes, jax.devices()[: math.prod(axes.values())]))
+        return dict.fromkeys(state, declared)
+
+    mngr = checkpoint.manager(workdir)
+    checkpoint.save_state(mngr, 1, jax.device_put(state, placed(dict(fsdp=8))), {}, force=True)
+    checkpoint.finish(mngr)
+    found = {}
+    for axes in (dict(data=2, fsdp=2, tensor=2), dict(tensor=4), dict(data=1)):
+        shapes = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, placed(axes)
+        )
+        restored, _ = checkpoint.restore_state(mngr, shapes)
+        same = jax.tree.map(lambda a, b: np.array_equal(jax.device_get(a), b), restored, state)
+        lies = jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b, a.ndim), restored, placed(axes))
+        found[str(axes)] = [len(jax.tree.leaves(same)), all(jax.tree.leaves(same)), all(jax.tree.leaves(lies))]
+    mngr.close()
+    return found
+
+
 def eight_devices(pairs: list[dict]) -> None:
     """Runs in a process of its own: prints what the trainer's losses and gradients are on one device and on eight.
 
@@ -374,6 +406,7 @@ def eight_devices(pairs: list[dict]) -> None:
             eight |= dict(one=one["loss"], gradients=max(jax.tree.leaves(apart)), name=name, axes=axes)
             eight |= dict(rules=list(changed or ()))
             print(json.dumps(eight), flush=True)
+    print(json.dumps(moved(objective, variables["mmdit"], Path(folder).parent / "moved")), flush=True)
     print(json.dumps(split_vae()), flush=True)
     print(json.dumps(packed_rows()), flush=True)
 
@@ -395,7 +428,8 @@ def test_eight_devices_compute_what_one_does(tmp_path):
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
-    *found, vae, packed = [json.loads(line) for line in done.stdout.splitlines()]
+    *found, elsewhere, vae, packed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(elsewhere) == 3 and all(count > 100 and same and lies for count, same, lies in elsewhere.values())
     # Of two images of 32 x 24 pixels, of 8 x 6 latents, a chip computes a quarter of the rows of one.
     assert vae["encode"]["rows"] == [[1, 2], [1, 4], [1, 8]] == vae["decode"]["rows"], vae
     for part in vae.values():

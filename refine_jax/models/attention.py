@@ -36,6 +36,7 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "blocks")
 
 # From this many scores a head, a kernel pays; on a CPU, which is then kept waiting for memory, one head after another.
 _MANY_SCORES = 1024 * 1024
+_MANY_SCORES_CPU = 128 * 1024
 _BLOCK = 256
 _WIDEST_HEAD = 256
 _LARGEST_BIAS = 2**28
@@ -64,7 +65,7 @@ def attention(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention impl {impl!r}: use one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     pieces = tuple(_pieces(x) for x in (q, k, v))
-    (batch, _, heads, depth), (_, _, kv_heads, _) = pieces[0][0].shape, pieces[1][0].shape
+    batch, _, _, depth = pieces[0][0].shape
     length, keys = (sum(piece.shape[1] for piece in x) for x in pieces[:2])
     by_segment = isinstance(mask, SegmentMask)
     by_key = not by_segment and (mask is None or (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1))
@@ -82,21 +83,24 @@ def attention(
         "cudnn": partial(_on_mesh, _cudnn_masked if by_segment else _cudnn_attention),
         "blocks": partial(_on_mesh, _blocks_attention),
     }
-    if impl == "xla" or (impl == "auto" and not ((by_key or by_segment) and length * keys >= _MANY_SCORES)):
+    least = _MANY_SCORES_CPU if by_key else _MANY_SCORES
+    if impl == "xla" or (impl == "auto" and not ((by_key or by_segment) and length * keys >= least)):
         out = whole(*pieces, of_queries, of_keys)
     elif impl in split:
         out = split[impl](*pieces, of_queries, of_keys)
     else:
         choices, otherwise = {}, whole
-        if by_segment:
+        if by_key:
+            choices["cpu"] = partial(_joined, lambda q, k, v, _, seen: _blocked_attention(q, k, v, seen))
+        else:
             choices["cpu"] = partial(_on_mesh, partial(_blocks_attention, one_head_at_a_time=True))
             otherwise = split["blocks"]
-        elif heads == kv_heads:
-            choices["cpu"] = partial(_joined, lambda q, k, v, _, seen: _blocked_attention(q, k, v, seen))
-        if depth <= _WIDEST_HEAD and (by_key or mask.span is not None):
+        many = length * keys >= _MANY_SCORES
+        if many and depth <= _WIDEST_HEAD and (by_key or mask.span is not None):
             choices["tpu"] = split["splash"]
         even = length % 2 == keys % 2 == 0  # cuDNN's condition for a bias
-        if _cudnn_takes(*(piece[0] for piece in pieces)) and (by_key or even and length * keys <= _LARGEST_BIAS):
+        takes = many and _cudnn_takes(*(piece[0] for piece in pieces))
+        if takes and (by_key or even and length * keys <= _LARGEST_BIAS):
             choices["cuda"] = split["cudnn"]
         # Under a mesh the platform is known already. The general way is right too, but a gradient through it keeps what
         # every branch, taken or not, would need: all scores, for one.
@@ -194,16 +198,17 @@ def _whole_attention(q: Array, k: Array, v: Array, mask: Array | SegmentMask | N
 
 
 def _blocked_attention(q: Array, k: Array, v: Array, seen: Array | None) -> Array:
-    """One head and `_BLOCK` queries at a time, so that the scores stay in a CPU's cache: 2.5 times faster at 3 200.
+    """One head and up to `_BLOCK` queries at a time, so that the scores stay in a CPU's cache: twice as fast, or more.
 
-    q, k, v [B, S, H, D]; seen [B, Sk].
+    q [B, S, H, D], k, v [B, Sk, K, D] where K divides H; seen [B, Sk].
     """
     batch, length, heads, depth = q.shape
-    keys, blocks = k.shape[1], -(-length // _BLOCK)
-    q = jnp.pad(q, ((0, 0), (0, blocks * _BLOCK - length), (0, 0), (0, 0)))
-    outwards = lambda x: x.swapaxes(1, 2).reshape(batch * heads, x.shape[1], x.shape[3])
+    keys, kv_heads, blocks = k.shape[1], k.shape[2], -(-length // _BLOCK)
+    size = -(-length // (8 * blocks)) * 8
+    q = jnp.pad(q, ((0, 0), (0, blocks * size - length), (0, 0), (0, 0)))
+    outwards = lambda x: x.swapaxes(1, 2).reshape(batch * kv_heads, -1, x.shape[3])
     seen = jnp.ones((batch, keys), bool) if seen is None else seen
-    seen = jnp.repeat(seen, heads, axis=0)
+    seen = jnp.repeat(seen, kv_heads, axis=0)
 
     def head(operands: tuple[Array, Array, Array, Array]) -> Array:
         queries, k, v, seen = operands
@@ -215,10 +220,10 @@ def _blocked_attention(q: Array, k: Array, v: Array, seen: Array | None) -> Arra
             out = jnp.einsum("ts,sd->td", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
             return out / jnp.sum(weights, axis=-1, keepdims=True)
 
-        return jax.lax.map(block, queries.reshape(blocks, _BLOCK, depth)).astype(v.dtype)
+        return jax.lax.map(block, queries.reshape(-1, size, depth)).astype(v.dtype)
 
     out = jax.lax.map(head, (outwards(q), outwards(k), outwards(v), seen))
-    out = out.reshape(batch, heads, blocks * _BLOCK, -1)[:, :, :length].swapaxes(1, 2)
+    out = out.reshape(batch, heads, blocks * size, -1)[:, :, :length].swapaxes(1, 2)
     return checkpoint_name(out, CHECKPOINT_NAME)
 
 
