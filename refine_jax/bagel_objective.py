@@ -107,6 +107,7 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
         export=export,
         frozen=boxed,
         load=load,
+        adapts=bool(adapter),
         initial=initial if (adapter.get("init_from") if adapter else config.init_from) else None,
         batch_shapes=batch_shapes,
         model=model,

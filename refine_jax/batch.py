@@ -615,6 +615,8 @@ class Doors:
             "generate": lambda: self._door("regenerator"),
         }
         self.mesh, self.share = _group(dict(config.mesh))
+        if self.mesh is not None:  # rows that the devices cannot share out, each of them would compute
+            parallel.check_batch(config.batch_size, self.mesh)
 
     def open(self, tasks: Iterable[str]) -> None:
         """Load the models of these tasks, or raise `RefineError`: a model that is not there is no request's fault."""

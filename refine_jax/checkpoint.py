@@ -9,9 +9,10 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,14 @@ def manager(workdir: str | Path, keep: int = 2, save_every: int = 1000, keep_eve
         return ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
     except OSError as error:
         raise RefineError(f"{workdir}: checkpoints cannot be kept there ({error}); give another work folder") from None
+
+
+def keep_folders(folder: Path, steps: Collection[int]) -> None:
+    """Of the folders that are called by a step, remove all but those of `steps`; the first process does."""
+    if jax.process_index() == 0:
+        for path in folder.iterdir():
+            if path.name.isdigit() and int(path.name) not in steps:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def save_state(

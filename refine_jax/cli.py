@@ -1,6 +1,7 @@
 """The command line: a thin door to each room. Bad input ends with one line on standard error and exit code 2."""
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -216,6 +217,10 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         command_.add_argument("--dtype", choices=("float32", "bfloat16"))
         command_.add_argument("--quantize", choices=("int8",), help="keep large matrices in 8 bits")
         command_.add_argument(
+            "--lora", metavar="F[:WEIGHT]", action="append", help="LoRA weights of --model, any dialect; repeatable"
+        )
+        command_.add_argument("--merge-lora", action="store_true", default=None, help="add adapters to the weights once")
+        command_.add_argument(
             "--executables",
             metavar="DIR",
             help="folder of `refine-jax compile`, by default `executables` in the model's folder; its files are code"
@@ -422,9 +427,11 @@ def _batch_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:
     from refine_jax import configuration, recipes
 
     config = configuration.load(args.config) if args.config else recipes.batch()
-    for name in ("model", "regenerator", "batch_size", "dtype", "quantize"):
+    for name in ("model", "regenerator", "batch_size", "dtype", "quantize", "merge_lora"):
         if getattr(args, name) is not None:
             overrides = {name: str(getattr(args, name)), **overrides}
+    if args.lora:
+        overrides = {"lora.model": json.dumps([_weighted(text) for text in args.lora]), **overrides}
     for name, text in overrides.items():
         configuration.override(config, name, text, args.config or "the default configuration")
     return config
@@ -556,7 +563,10 @@ def _main(argv: list[str]) -> int:
         if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
             raise
         reason = next(iter(str(error).strip().splitlines()), "MemoryError")[:200]
-        remedy = "give a smaller picture, fewer regions at once, a smaller batch, or dtype bfloat16"
+        remedy = (
+            "give dtype bfloat16, quantize int8, fewer rows at once (batch_size), or several devices (refine-jax batch "
+            "--config.mesh.fsdp=N)"
+        )
         print(f"refine-jax: not enough memory ({reason}); {remedy}", file=sys.stderr)
         return 1
     return 0

@@ -18,6 +18,7 @@ OPTIONAL: dict[str, Any] = {
     "conditioning": "",
     "keep_every": 0,
     "lora": None,
+    "lora.init_from": "",
     "model": None,
     "pictures": None,
     "profile": (),

@@ -20,7 +20,7 @@ class Objective:
     load(shardings) -> its arrays. loss(params, frozen, batch, key) -> (scalar float32, dict of scalars float32).
     batches() -> an iterator, with get_state, set_state and close, of dicts of numpy arrays whose leading axis is this
     host's part of the batch. batch_shapes() -> the global batch as `jax.ShapeDtypeStruct`s, one tree a bucket.
-    export(params, frozen, folder) writes the result. sampler(params, frozen, mesh, rules) -> what makes pictures of
+    export(params, frozen, folder) writes the result, a LoRA's file where `adapts`: that is made at every save. sampler(params, frozen, mesh, rules) -> what makes pictures of
     requests with the present weights, a list of each, where there is such a thing; samples(count) -> requests for it,
     each with its target under "target". model: its `ModelConfig` or `BagelModel`, None for a VAE alone.
     """
@@ -31,6 +31,7 @@ class Objective:
     export: Callable[[Any, Any, Path], None]
     frozen: Any = dataclasses.field(default_factory=dict)
     load: Callable[[Any], Any] = lambda shardings: {}
+    adapts: bool = False
     initial: Callable[[Any], Any] | None = None
     batch_shapes: Callable[[], list[dict[str, Any]]] | None = None
     sampler: Callable[..., Callable[[list[dict[str, Any]]], list[Image.Image]]] | None = None

@@ -337,6 +337,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         export=export,
         frozen=boxed,
         load=load,
+        adapts=bool(adapter),
         initial=initial if (adapter.get("init_from") if adapter else config.init_from) else None,
         batch_shapes=batch_shapes,
         sampler=None if cached else sampler,

@@ -7,7 +7,7 @@ Bits. A compiled program gives a row the same bits wherever it stands and whatev
 shapes need not, since a compiler orders sums as the shapes suggest. So a door with a `batch_size` runs every program
 with exactly so many rows, padded, in the bucket that the row alone decides: a result then depends on its request alone.
 Without, batches are padded to a power of two and buckets are joined, so that few programs serve few calls; results then
-agree within the last bits.
+agree within the last bits, and a batch has as many rows as `_PIXELS` allow: one of 1024², 64 of a tiny model.
 """
 
 import contextlib
@@ -25,7 +25,13 @@ from PIL import Image
 
 from refine_jax import executables, parallel
 from refine_jax.errors import RefineError
+from refine_jax.model import ModelConfig
 from refine_jax.progress import Progress
+
+
+# Of a batch whose number of rows nobody chose: what one picture of the released models has.
+_PIXELS = 1024**2
+_ROWS = 64
 
 
 class Bucket(NamedTuple):
@@ -99,6 +105,15 @@ class Door:
         """Shapes that decide programs of a row besides its bucket's."""
         return ()
 
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest program: `batch_size`, or what `_PIXELS` allow, a power of two."""
+        if self.batch_size:
+            return self.batch_size
+        model = self.model
+        pixels = model.vae_area if isinstance(model, ModelConfig) else model.vae_sides[0] ** 2
+        return min(_ROWS, 1 << max(0, (_PIXELS // pixels).bit_length() - 1))
+
     def rows_of(self, count: int) -> int:
         """Rows of the program that runs `count`."""
         return self.batch_size or power_of_two(count)
@@ -121,7 +136,7 @@ class Door:
                 groups.setdefault(key, []).append((number, order))
         results: dict[tuple[int, int], Any] = {}
         for members in groups.values():
-            size = self.batch_size or len(members)
+            size = self.most_rows
             for first in range(0, len(members), size):
                 batch = members[first : first + size]
                 rows = [jobs[number].rows[order] for number, order in batch]

@@ -286,6 +286,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
             if stop:
                 checkpoint.finish(mngr)
                 raise Preempted(f"saved at step {done} of {config.steps}")
+            if due and objective.adapts and done < config.steps:
+                objective.export(state.ema or state.params, frozen, workdir / "adapters" / f"{done:08d}")
+                checkpoint.keep_folders(workdir / "adapters", {done, *mngr.all_steps()})
             watch.pictures(done, state.ema or state.params, frozen)
         checkpoint.finish(mngr)
 
