@@ -24,5 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
         save_every=10,
         lora=dict(rank=4, alpha=4.0, targets=recipes.LORA_TARGETS),
         boundary=dict(r_out=2, r_in=2, alpha=9.0),
-        data=dict(source="synth", buckets=((64, 64),), weights=(1.0,), text_length=72, workers=0),
+        data=dict(
+            source="synth", buckets=((64, 64),), reference_buckets=None, weights=(1.0,), text_length=72, workers=0
+        ),
     )

@@ -28,7 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
         instruction_dropout=0.1,
         lora=dict(rank=4, alpha=4.0, targets=recipes.LORA_TARGETS),
         sigma=dict(distribution="logit_normal", shift=4.0),
-        data=dict(source="world", buckets=((64, 64),), weights=(1.0,), text_length=384, workers=0),
+        data=dict(
+            source="world", buckets=((64, 64),), reference_buckets=None, weights=(1.0,), text_length=384, workers=0
+        ),
     )
     del config.boundary  # there is no mask
     return config

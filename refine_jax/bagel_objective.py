@@ -49,6 +49,11 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
     architecture `config.model`. `config.conditioning`, `vae_sides`, `vit_sides` replace the model's where they are set.
     """
     adapter, data = config.get("lora"), config.data
+    if config.optimizer.get("accumulate", 1) > 1:
+        raise RefineError(
+            f"optimizer.accumulate {config.optimizer.accumulate}: packed rows are averaged over all answers and pictures "
+            "of a batch, which its parts do not know; set it to 1, and a smaller batch_size"
+        )
     trained = () if adapter else ("bagel",)
     frozen = tuple(name for name in bagel.NETWORKS if name not in trained)
     source, model = _start(config, trained, model)
@@ -66,7 +71,7 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
 
     def initial(shardings: Any) -> Any:
         if adapter:
-            return jax.device_put(loading.adapter_to_train(adapter, model, init), shardings)
+            return parallel.put(loading.adapter_to_train(adapter, model, init), shardings)
         return source.parameters(model.abstract(trained), shardings, "float32", progress=True)
 
     def adapters(params: Any) -> Any:

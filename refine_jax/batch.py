@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from tqdm import tqdm
@@ -304,18 +303,19 @@ class Scheduler:
         while (batch := self._batches.get()) is not None:
             if self._agree is None:
                 agreed = self._stop.is_set()
-            elif not agreed and (agreed := self._ask(self._stop.is_set())):
+            elif not agreed and (agreed := self._ask(self._stop.is_set(), batch)):
                 self._stop.set()
             if not agreed:
                 self._guarded(self._launch, batch)
         if self._agree is not None and not agreed:
-            self._ask(True)  # whoever has more to do stops with this one
+            self._ask(True, None)  # whoever has more to do stops with this one
         self._flying.put(None)
 
-    def _ask(self, stop: bool) -> bool:
+    def _ask(self, stop: bool, batch: _Batch | None) -> bool:
         """Whether a process of this model stops, before some launch what the others do not."""
         answers: list[bool] = []
-        self._guarded(lambda: answers.append(self._agree(stop)))
+        said = batch and repr((batch.bucket, [(task.request.line, order) for task, order in batch.rows]))
+        self._guarded(lambda: answers.append(self._agree(stop, said)))
         return not answers or answers[0]
 
     def _guarded(self, step: Callable[..., None], *args: Any) -> None:
@@ -482,8 +482,11 @@ def run(
     todo = _remaining(listed, journal.entries, output)
     _meet("all know what is left")  # nobody writes before
     share, shares, leads = doors.share
-    if shares == jax.process_count() > 1:
-        jax.distributed.shutdown()  # nothing more to say to each other: who dies from here on, dies alone
+    # Nothing more to say to each other: who dies from here on, dies alone. GPUs of one process find each other through
+    # the service that this ends.
+    through = doors.mesh is not None and doors.mesh.size > 1 and jax.default_backend() == "gpu"
+    if shares == jax.process_count() > 1 and not through:
+        jax.distributed.shutdown()
     mine = todo[share::shares]
     written = journal if leads else None
     lock = threading.Lock()
@@ -691,14 +694,25 @@ def _group(axes: Mapping[str, int]) -> tuple[jax.sharding.Mesh | None, tuple[int
     return parallel.make_mesh({"data": -1, **axes}, devices), (share, shares, member == 0)
 
 
-def _agreement(mesh: jax.sharding.Mesh) -> Callable[[bool], bool]:
-    """A function that all processes of a mesh call together: whether one of them said True."""
-    each = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
-    some = jax.jit(jnp.any, out_shardings=parallel.replicated(mesh))
+def _agreement(mesh: jax.sharding.Mesh) -> Callable[[bool, str | None], bool]:
+    """A function that all processes of a mesh call together: whether one of them said True.
 
-    def agree(flag: bool) -> bool:
-        flags = jax.make_array_from_callback((mesh.size,), each, lambda _: np.full(1, flag))
-        return bool(np.asarray(some(flags)))
+    Its second argument is what each is about to do. Raises `RefineError` on all where that differs, as after a file
+    that one host alone could not read: results would go under the names of others.
+    """
+    each = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
+    ends = jax.jit(lambda x: (x.min(0), x.max(0)), out_shardings=parallel.replicated(mesh))
+
+    def agree(flag: bool, plan: str | None) -> bool:
+        digest = int.from_bytes(hashlib.sha256(plan.encode()).digest()[:3], "big") if plan else 0
+        own = np.array([[flag, digest]], np.int32)
+        least, most = ends(jax.make_array_from_callback((mesh.size, 2), each, lambda _: own))
+        if not np.asarray(most)[0] and np.asarray(least)[1] != np.asarray(most)[1]:
+            raise RefineError(
+                "batch: the processes that share a model have read different requests, as where a file can be read on "
+                "one host alone; see the refusals, mend the file, and run the same command again"
+            )
+        return bool(np.asarray(most)[0])
 
     return agree
 

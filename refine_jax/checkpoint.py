@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from refine_jax import parallel
+from refine_jax import distributed, parallel
 from refine_jax.errors import RefineError, listed
 from refine_jax.models import quantize
 
@@ -157,7 +157,7 @@ def load_weights(
                 else:
                     parts = [array.astype(dtype) if dtype and _floating(array) else array]
                 for own, part in zip((name, scales.get(name)), parts):
-                    flat[own] = part if placed is None else jax.device_put(part, placed[own])
+                    flat[own] = part if placed is None else parallel.put(part, placed[own])
     except FileNotFoundError:
         raise RefineError(f"{path}: no such file; the model folder is incomplete") from None
     except (SafetensorError, OSError) as error:
@@ -355,6 +355,8 @@ def _written(mngr: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # orbax and tensorstore report a full disk in several classes
+        if distributed.lost_peer(error):
+            raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise RefineError(
             f"{mngr.directory}: the checkpoint of step {step} or the one before cannot be written ({reason});"
@@ -375,6 +377,8 @@ def restore_state(mngr: ocp.CheckpointManager, abstract: Any) -> tuple[Any, dict
         data = dict(mngr.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"])
         state = mngr.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))["state"]
     except (ValueError, KeyError, TypeError, OSError) as error:
+        if distributed.lost_peer(error):
+            raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise RefineError(
             f"{mngr.directory}: checkpoint {step} does not fit this configuration or is damaged ({reason}); "

@@ -219,7 +219,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         command_.add_argument(
             "--lora", metavar="F[:WEIGHT]", action="append", help="LoRA weights of --model, any dialect; repeatable"
         )
-        command_.add_argument("--merge-lora", action="store_true", default=None, help="add adapters to the weights once")
+        command_.add_argument("--merge-lora", action="store_true", default=None, help="add them to the weights once")
         command_.add_argument(
             "--executables",
             metavar="DIR",
@@ -276,6 +276,7 @@ def _refine(args: argparse.Namespace) -> None:
 
     from refine_jax.refine import Refiner
 
+    _keep_programs_of_accelerators()
     refiner = Refiner.load(
         args.model,
         dtype=args.dtype,
@@ -333,6 +334,7 @@ def _regenerate(args: argparse.Namespace) -> None:
 
     from refine_jax.regenerate import Regenerator
 
+    _keep_programs_of_accelerators()
     regenerator = Regenerator.load(
         args.model,
         dtype=args.dtype,
@@ -407,6 +409,7 @@ def _train(args: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise RefineError(f"--workdir {args.workdir!r}: is no folder; mount it, and give the folder (docs/launch.md)")
     config = load_config(args.config, overrides)
     distributed.start()  # before anything touches a device
+    _keep_programs_of_accelerators()
     folder = train(config, Path(args.workdir), progress=not args.quiet)
     print(f"wrote {folder}")
 
@@ -420,6 +423,7 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from refine_jax.evaluate import heldout, small_world
 
+    _keep_programs_of_accelerators()
     (small_world if args.set == "world" else heldout).run(args)
 
 
@@ -445,6 +449,14 @@ def _keep_programs(cache: str | None) -> None:
         return
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refine_jax" / "programs"
     jax.config.update("jax_compilation_cache_dir", None if cache == "none" else str(cache or folder))
+
+
+def _keep_programs_of_accelerators() -> None:
+    """The same where compiling takes minutes; a CPU's programs are for one machine."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        _keep_programs(None)
 
 
 def _batch(args: argparse.Namespace, overrides: dict[str, str]) -> int:

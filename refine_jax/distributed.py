@@ -98,7 +98,9 @@ def alone() -> bool:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error says that another process is gone, which is no fault of this one."""
+    """Whether an error says that another process is gone, or was waited for in vain, which is no fault of this one."""
+    if isinstance(error, TimeoutError):
+        return not alone()
     return type(error).__name__ == "JaxRuntimeError" and str(error).startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED"))
 
 

@@ -20,9 +20,10 @@ class Objective:
     load(shardings) -> its arrays. loss(params, frozen, batch, key) -> (scalar float32, dict of scalars float32).
     batches() -> an iterator, with get_state, set_state and close, of dicts of numpy arrays whose leading axis is this
     host's part of the batch. batch_shapes() -> the global batch as `jax.ShapeDtypeStruct`s, one tree a bucket.
-    export(params, frozen, folder) writes the result, a LoRA's file where `adapts`: that is made at every save. sampler(params, frozen, mesh, rules) -> what makes pictures of
-    requests with the present weights, a list of each, where there is such a thing; samples(count) -> requests for it,
-    each with its target under "target". model: its `ModelConfig` or `BagelModel`, None for a VAE alone.
+    export(params, frozen, folder) writes the result; where `adapts`, that is a LoRA's file, and made at every save.
+    sampler(params, frozen, mesh, rules) -> what makes pictures of requests with the present weights, a list of each,
+    where there is such a thing; samples(count) -> requests for it, each with its target under "target". model: its
+    `ModelConfig` or `BagelModel`, None for a VAE alone.
     """
 
     init: Callable[[jax.Array], Any]

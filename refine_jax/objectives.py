@@ -166,11 +166,11 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
 
     def initial(shardings: Any) -> Any:
         if adapter:
-            return jax.device_put(loading.adapter_to_train(adapter, model, init), shardings)
+            return parallel.put(loading.adapter_to_train(adapter, model, init), shardings)
         trees = read(trained, {name: shardings[name] for name in trained}, "float32")
         if aligned:
             head = alignment.read_head(source.folder, model, data.source)
-            trees[alignment.NAME] = jax.device_put(head, shardings[alignment.NAME])
+            trees[alignment.NAME] = parallel.put(head, shardings[alignment.NAME])
         return trees
 
     def read(names: tuple[str, ...], shardings: Any, dtype: str) -> Any:
@@ -178,9 +178,14 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         if "mmdit" not in names or model.mmdit.scan:
             return source.parameters(model.abstract(names), shardings, dtype, progress=progress)
         stored = scanned(model)  # as every model folder is
-        placed = parallel.param_shardings(stored.boxed(names), None)
+        placed = shardings | {"mmdit": spread(stored.boxed(("mmdit",)))["mmdit"]}
         trees = source.parameters(stored.abstract(names), placed, dtype, progress=progress)
-        return jax.device_put(trees | {"mmdit": unstack_blocks(trees["mmdit"])}, shardings)
+        return trees | {"mmdit": jax.jit(unstack_blocks, out_shardings=shardings["mmdit"])(trees["mmdit"])}
+
+    def spread(boxed: Any) -> Any:
+        return parallel.param_shardings(
+            boxed, parallel.make_mesh(dict(config.mesh)), parallel.make_rules(dict(config.rules))
+        )
 
     def init(key: jax.Array) -> Any:
         if adapter:
@@ -289,8 +294,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         trees = {**frozen, **{name: params[name] for name in trained}}
         if cached:  # what was not needed is a part of the result all the same
             rest = ("vae", "vl")
-            placed = parallel.param_shardings(model.boxed(rest), None)
-            trees |= source.parameters(model.abstract(rest), placed, config.dtype)
+            trees |= source.parameters(model.abstract(rest), spread(model.boxed(rest)), config.dtype)
         if not model.mmdit.scan:
             trees["mmdit"] = stack_blocks(trees["mmdit"])
         if jax.process_index() == 0:
@@ -304,7 +308,10 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     def sampler(params: Any, frozen: Any, mesh: jax.sharding.Mesh, rules: Any) -> Callable:
         trees = {**frozen, **{name: params[name] for name in trained}}
         kind = Refiner if masked else MMDiTRegenerator
-        door = kind(model, trees, source.tokenizer(), adapters(params), mesh=mesh, rules=rules)
+        # Rows that the devices cannot share out, each of them would compute.
+        rows = int(np.prod([mesh.shape[axis] for axis in parallel.BATCH_AXES]))
+        settings = dict(mesh=mesh, rules=rules, batch_size=rows if rows > 1 else None)
+        door = kind(model, trees, source.tokenizer(), adapters(params), **settings)
         return door.refine_batch if masked else door.generate_batch if alone else door.regenerate_batch
 
     def samples(count: int) -> list[dict[str, Any]]:

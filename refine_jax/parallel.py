@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from refine_jax.errors import RefineError
 from refine_jax.models.layers import fit_spec
@@ -202,9 +202,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def put(tree: Any, shardings: Any) -> Any:
+    """Host arrays, alike on every process, on the devices; shardings: a tree like theirs, or one for all.
+
+    `jax.device_put` to devices of several processes gathers every array from every process, to compare them.
+    """
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def one(x: Any, sharding: Sharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
 def place(tree: Any, mesh: Mesh | None) -> Any:
-    """Arrays on the devices: a whole copy on each of a mesh, or on the first device."""
-    return jax.device_put(tree, jax.local_devices()[0] if mesh is None else replicated(mesh))
+    """Host arrays on the devices: a whole copy on each of a mesh, or on the first device."""
+    return put(tree, SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else replicated(mesh))
 
 
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:

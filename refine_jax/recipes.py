@@ -10,6 +10,8 @@ from refine_jax import configuration
 
 # (height, width) of the focus crop: about 1024² pixels, sides multiples of 64 so that latent tokens are even in number.
 BUCKETS = ((1024, 1024), (896, 1152), (1152, 896), (832, 1216), (1216, 832), (768, 1344), (1344, 768))
+# A program is compiled for every pair of a crop's bucket and a reference's.
+REFERENCE_BUCKETS = ((1024, 1024), (832, 1216), (1216, 832))
 # Tokens of the chat template with three pictures of 384² pixels, and room for the instruction; 64 are dropped.
 TEXT_LENGTH = 1088
 CHECKPOINTS = {
@@ -63,7 +65,14 @@ def edit_lora(variant: str, topology: str, mesh: dict[str, int], **changes: obje
     config.boundary = dict(r_out=16, r_in=16, alpha=9.0)
     # Latents and conditioning tokens made once: the encoder (8 B parameters) and the VAE need no memory, no time and no
     # mesh axis here.
-    config.data = dict(source="cache", path="caches", buckets=BUCKETS, text_length=TEXT_LENGTH, workers=4)
+    config.data = dict(
+        source="cache",
+        path="caches",
+        buckets=BUCKETS,
+        reference_buckets=REFERENCE_BUCKETS,
+        text_length=TEXT_LENGTH,
+        workers=4,
+    )
     config.optimizer = adamw(learning_rate=2e-4)
     config.mesh = mesh
     config.rules = {}

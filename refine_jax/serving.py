@@ -28,7 +28,6 @@ from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig
 from refine_jax.progress import Progress
 
-
 # Of a batch whose number of rows nobody chose: what one picture of the released models has.
 _PIXELS = 1024**2
 _ROWS = 64
@@ -79,8 +78,10 @@ class Door:
             raise RefineError(f"batch_size {batch_size}: give a number from 1 to 4096, or none")
         self.model = model
         later = isinstance(variables, executables.Later)
-        self.weights = variables if later else jax.device_put(dict(variables))
-        self.lora = jax.device_put(dict(lora or {}))
+        # What is on devices, perhaps of several processes, stays where it is.
+        placed = lambda tree: jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jax.device_put(x), dict(tree))
+        self.weights = variables if later else placed(variables)
+        self.lora = placed(lora or {})
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.programs = store or executables.Store()
