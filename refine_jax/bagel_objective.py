@@ -51,8 +51,8 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
     adapter, data = config.get("lora"), config.data
     if config.optimizer.get("accumulate", 1) > 1:
         raise RefineError(
-            f"optimizer.accumulate {config.optimizer.accumulate}: packed rows are averaged over all answers and pictures "
-            "of a batch, which its parts do not know; set it to 1, and a smaller batch_size"
+            f"optimizer.accumulate {config.optimizer.accumulate}: packed rows are averaged over all answers and "
+            "pictures of a batch, which its parts do not know; set it to 1, and a smaller batch_size"
         )
     trained = () if adapter else ("bagel",)
     frozen = tuple(name for name in bagel.NETWORKS if name not in trained)

@@ -274,13 +274,14 @@ def _refine(args: argparse.Namespace) -> None:
     if reference:
         read_picture(reference, "reference")
 
+    from refine_jax.loading import weighted_file
     from refine_jax.refine import Refiner
 
     _keep_programs_of_accelerators()
     refiner = Refiner.load(
         args.model,
         dtype=args.dtype,
-        lora=[_weighted(text) for text in args.lora],
+        lora=[weighted_file(text) for text in args.lora],
         merge_lora=args.merge_lora,
         scheduler=args.scheduler,
         quantize=args.quantize,
@@ -305,7 +306,9 @@ def _refine(args: argparse.Namespace) -> None:
 
         shown = before_after(picture, result, regions, reference)
     save_picture(result, output, "--output")
-    print(f"wrote {output} ({result.width}x{result.height})")
+    model = refiner.model
+    steps, guidance = args.steps or model.steps, model.true_cfg_scale if args.true_cfg is None else args.true_cfg
+    print(f"wrote {output} ({result.width}x{result.height}; steps {steps}, true CFG {guidance:g})")
     if compare:
         save_picture(shown, compare, "--compare")
         print(f"wrote {compare} (before, after)")
@@ -332,6 +335,7 @@ def _regenerate(args: argparse.Namespace) -> None:
                 raise RefineError(f"--compare {compare!r}: is the output too; give another name")
     check_output(args.output, name="--output")
 
+    from refine_jax.loading import weighted_file
     from refine_jax.regenerate import Regenerator
 
     _keep_programs_of_accelerators()
@@ -339,7 +343,7 @@ def _regenerate(args: argparse.Namespace) -> None:
         args.model,
         dtype=args.dtype,
         weights=args.weights,
-        lora=[_weighted(text) for text in args.lora],
+        lora=[weighted_file(text) for text in args.lora],
         quantize=args.quantize,
         progress=not args.quiet,
     )
@@ -368,15 +372,6 @@ def _regenerate(args: argparse.Namespace) -> None:
             "--compare",
         )
         print(f"wrote {compare} (before, after)")
-
-
-def _weighted(text: str) -> tuple[str, float]:
-    """FILE or FILE:WEIGHT."""
-    file, colon, weight = text.rpartition(":")
-    try:
-        return (file, float(weight)) if colon and file else (text, 1.0)
-    except ValueError:
-        return text, 1.0
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -435,7 +430,9 @@ def _batch_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:
         if getattr(args, name) is not None:
             overrides = {name: str(getattr(args, name)), **overrides}
     if args.lora:
-        overrides = {"lora.model": json.dumps([_weighted(text) for text in args.lora]), **overrides}
+        from refine_jax.loading import weighted_file
+
+        overrides = {"lora.model": json.dumps([weighted_file(text) for text in args.lora]), **overrides}
     for name, text in overrides.items():
         configuration.override(config, name, text, args.config or "the default configuration")
     return config

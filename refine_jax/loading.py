@@ -31,7 +31,6 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "weights/**", "tokenizer/**"]
 _DTYPES = ("float32", "bfloat16")
 # Files distilled to few steps say so in their names: "Qwen-Image-Edit-2511-Lightning-8steps-V1.0-bf16.safetensors".
-_LIGHTNING = re.compile(r"lightning.*?(\d+)[\s_-]*steps?", re.IGNORECASE)
 
 # Models of the package: their folders, and what made them. To `Regenerator.load` "tiny" is the second.
 BUNDLED = {
@@ -101,17 +100,15 @@ def load(
             raise RefineError(f"scheduler {scheduler!r}: a BAGEL or RvR model has but one; leave it out")
     else:
         released = source.foreign if scheduler is None else scheduler == "released"
-        config = _sampling(config, released, [path for path, _ in given])
 
     tokenizer = source.tokenizer()
     boxed = config.boxed()
     abstract = meta.unbox(boxed)
-    extra: dict[str, Any] = {}
-    if given:  # read before the weights: a bad file costs no time
-        read = [lora.read_adapter(path, abstract) for path, _ in given]
-        if isinstance(config, ModelConfig):
-            config = _shown(config, read)
-        extra = lora.combine(read, [weight for _, weight in given])
+    # Read before the weights: a bad file costs no time.
+    read = [lora.read_adapter(path, abstract) for path, _ in given]
+    extra = lora.combine(read, [weight for _, weight in given])
+    if isinstance(config, ModelConfig):
+        config = _sampling(_shown(config, read), released, [path for path, _ in given], read)
     if wanted and isinstance(config, ModelConfig):
         config.require(*wanted)
     shardings = parallel.param_shardings(boxed, mesh, rules)
@@ -285,6 +282,15 @@ def resolve(model: str | os.PathLike) -> Path:
         ) from None
 
 
+def weighted_file(text: str) -> tuple[str, float]:
+    """An adapter as commands name it, FILE or FILE:WEIGHT."""
+    file, colon, weight = text.rpartition(":")
+    try:
+        return (file, float(weight)) if colon and file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def _adapters(given: LoraLike | Sequence[LoraLike]) -> list[tuple[Path, float]]:
     """One adapter or several, each with its weight."""
     single = isinstance(given, (str, os.PathLike))
@@ -348,15 +354,16 @@ def _shown(config: ModelConfig, adapters: Sequence[lora.Adapter]) -> ModelConfig
     return config
 
 
-def _sampling(config: ModelConfig, released: bool, adapters: Sequence[Path]) -> ModelConfig:
+def _sampling(
+    config: ModelConfig, released: bool, paths: Sequence[Path], adapters: Sequence[lora.Adapter]
+) -> ModelConfig:
     """The sampler's defaults: RefineAnything's for a foreign checkpoint, and a Lightning adapter's few steps."""
     if released:
         config = dataclasses.replace(
             config, scheduler=flow.SCHEDULERS["refineanything"], steps=28, true_cfg_scale=4.0, negative_prompt=" "
         )
-    for path in adapters:
-        names = [path.name, *(sorted(p.name for p in path.glob("*.safetensors")) if path.is_dir() else ())]
-        if steps := next((int(found[1]) for name in names if (found := _LIGHTNING.search(name))), None):
+    for path, adapter in zip(paths, adapters):
+        if steps := lora.lightning_steps(adapter, path.name):
             config = dataclasses.replace(config, steps=steps, true_cfg_scale=1.0)
     return config
 

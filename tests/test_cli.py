@@ -77,7 +77,8 @@ def test_modes_regions_and_compare(folder, model, capsys, mode, quiet):
     words += ["--true-cfg", "1", "--compare", "both.png"]
     assert run("refine", "--image", source, "--prompt", "Refine the text 'A'", "--model", model, *words) == 0
     out, err = capsys.readouterr()
-    assert out == "wrote refined.png (72x56)\nwrote both.png (before, after)\n"
+    steps = words[words.index("--steps") + 1]
+    assert out == f"wrote refined.png (72x56; steps {steps}, true CFG 1)\nwrote both.png (before, after)\n"
     assert not err if quiet else "2/2" in err and "denoising" in err
     assert sorted(p.name for p in folder.iterdir()) == ["both.png", "refined.png"]
     with Image.open("refined.png") as result, Image.open(source) as before:

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from refine_jax import checkpoint, flow, loading
 from refine_jax.cli import main
 from refine_jax.convert import convert as converter
-from refine_jax.convert import reader, writer
+from refine_jax.convert import lora, reader, writer
 from refine_jax.convert.convert import convert
 from refine_jax.convert.diffusers_folder import from_tensors, model_config
 from refine_jax.errors import RefineError
@@ -106,7 +106,8 @@ def test_sampler_defaults_follow_the_checkpoint_or_the_released_code(made, conve
         )
     name = "Qwen-Image-Edit-2511-Lightning-{}steps-V1.0-bf16.safetensors"
     for steps in (4, 8):
-        config = loading._sampling(made[1], True, [Path("RefineAny.safetensors"), Path(name.format(steps))])
+        paths = [Path("RefineAny.safetensors"), Path(name.format(steps))]
+        config = loading._sampling(made[1], True, paths, [lora.Adapter({}, source=str(path)) for path in paths])
         assert (config.steps, config.true_cfg_scale) == (steps, 1.0)
         assert config.scheduler == flow.SCHEDULERS["refineanything"]
 

@@ -22,7 +22,7 @@ from test_mmdit import SIZES, abstract_params, inputs, pair, reference_velocity,
 
 from refine_jax import loading
 from refine_jax.convert.convert import convert_lora
-from refine_jax.convert.lora import Adapter, combine, merge, read_adapter, write_adapter
+from refine_jax.convert.lora import Adapter, combine, lightning_steps, merge, read_adapter, write_adapter
 from refine_jax.errors import RefineError
 from refine_jax.models.layers import init_lora
 from refine_jax.models.mmdit import MMDiTConfig
@@ -375,7 +375,14 @@ def test_rewriting_keeps_what_an_adapter_says_of_its_base(tmp_path):
     said = loading.adapter_metadata(model)
     write_adapter(tmp_path / "ours.safetensors", {"mmdit": tree}, metadata=said)
     convert_lora(tmp_path / "ours.safetensors", tmp_path / "comfy.safetensors", "comfyui", model)
-    assert said and said.items() <= read_adapter(tmp_path / "comfy.safetensors", model.abstract()).metadata.items()
+    plain = read_adapter(tmp_path / "comfy.safetensors", model.abstract())
+    assert said and said.items() <= plain.metadata.items() and lightning_steps(plain) is None
+    # What a Lightning adapter's name says of its steps outlives the name.
+    named = tmp_path / "Some-Lightning-8steps-V1.safetensors"
+    write_adapter(named, {"mmdit": tree})
+    for source, target in ((named, "fast.safetensors"), (tmp_path / "fast.safetensors", "again.safetensors")):
+        convert_lora(source, tmp_path / target, "comfyui", model)
+        assert lightning_steps(read_adapter(tmp_path / target, model.abstract())) == 8
 
 
 @pytest.mark.parametrize("dialect", ["peft", "comfyui"])

@@ -279,6 +279,8 @@ def convert_lora(
         raise RefineError(f"{target}: exists; give another name, or remove it first")
     adapter = lora.read_adapter(Path(source), (model or ModelConfig()).abstract())
     ours = {name: value for name, value in adapter.metadata.items() if name.startswith("refine_jax")}
+    if steps := lora.lightning_steps(adapter, Path(source).name):
+        ours[lora.STEPS] = str(steps)
     lora.write_adapter(target, adapter.trees, dialect, metadata=ours)
     return target
 

@@ -106,6 +106,19 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+_LIGHTNING = re.compile(r"lightning.*?(\d+)[\s_-]*steps?", re.IGNORECASE)
+# In the header of an adapter that was converted: what its old name said.
+STEPS = "refine_jax_steps"
+
+
+def lightning_steps(adapter: Adapter, name: str = "") -> int | None:
+    """For how many steps an adapter was distilled: by its header, or by its file's name, or by another `name` of it."""
+    if (said := adapter.metadata.get(STEPS, "")).isdigit():
+        return int(said)
+    found = [_LIGHTNING.search(text) for text in (name, Path(adapter.source).name)]
+    return next((int(match[1]) for match in found if match), None)
+
+
 # ------------------------------------------------------------------------------------------------------------ names
 
 

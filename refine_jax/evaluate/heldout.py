@@ -30,6 +30,7 @@ from refine_jax.data import synth
 from refine_jax.errors import RefineError
 from refine_jax.evaluate import baselines, judges, metrics, report
 from refine_jax.evaluate.ceiling import vae_ceiling
+from refine_jax.loading import weighted_file
 from refine_jax.model import ModelConfig, decode_latents, encode_images
 from refine_jax.refine import Refiner
 
@@ -403,15 +404,17 @@ def main(
     quick: bool = False,
     recipe: str | os.PathLike = RECIPE,
     progress: bool = True,
+    **loading: Any,
 ) -> Path:
     """Evaluate a model and write the results into the folder `output`, which is returned; files grow as methods finish.
 
     count: samples (default: all of the recipe); seeds: whose pictures' mean is scored too; margin: in place of the
-    model's; quick: ours with and without reference only. Raises `RefineError` for a bad model, count or judge.
+    model's; quick: ours with and without reference only; loading: further arguments of `Refiner.load`. Raises
+    `RefineError` for a bad model, count or judge.
     """
     if seeds < 1 or batch < 1:
         raise RefineError(f"seeds {seeds}, batch {batch}: give whole numbers of at least 1")
-    refiner = Refiner.load(model)
+    refiner = Refiner.load(model, **loading)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     samples, differing = load_samples(count, recipe, progress)
@@ -491,6 +494,11 @@ def command(argv: Sequence[str] | None = None) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the evaluation; `run` takes what they parse to."""
     parser.add_argument("--model", metavar="tiny|FOLDER", default="tiny", help="model (default: %(default)s)")
+    parser.add_argument(
+        "--lora", metavar="F[:WEIGHT]", action="append", default=[], help="LoRA weights, any dialect; repeatable"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    parser.add_argument("--quantize", choices=("int8",), help="keep large matrices in 8 bits")
     parser.add_argument("--output", metavar="DIR", help="folder of the results (default: the set's name)")
     parser.add_argument("--count", metavar="N", type=int, help="samples (default: all of the recipe)")
     parser.add_argument(
@@ -507,6 +515,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the options say of how a model is loaded."""
+    return dict(lora=[weighted_file(text) for text in args.lora], dtype=args.dtype, quantize=args.quantize)
+
+
 def run(args: argparse.Namespace) -> None:
     """Do what the options of `add_arguments` ask."""
     if args.write_recipe:
@@ -519,7 +532,12 @@ def run(args: argparse.Namespace) -> None:
     else:
         names = tuple(name for name in args.judges.split(",") if name and name != "none")
         options = dict(
-            seeds=args.seeds, batch=args.batch, margin=args.margin, quick=args.quick, progress=not args.quiet
+            seeds=args.seeds,
+            batch=args.batch,
+            margin=args.margin,
+            quick=args.quick,
+            progress=not args.quiet,
+            **loading_options(args),
         )
         output = "heldout" if args.output is None else args.output
         folder = main(args.model, output, args.count, judge_names=names, **options)

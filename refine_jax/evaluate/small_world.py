@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from refine_jax import checkpoint
 from refine_jax.data import world
 from refine_jax.errors import RefineError
 from refine_jax.evaluate import report
+from refine_jax.evaluate.heldout import loading_options
 from refine_jax.regenerate import Regenerator
 
 # Another seed than any training's.
@@ -40,18 +41,19 @@ def main(
     seed: int = 0,
     batch: int = 64,
     progress: bool = True,
+    loading: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Path:
     """Evaluate and write `metrics.json`, `table.md`, `contact_sheet.png`, and `pictures.npz` into `output`, returned.
 
     initial: the folder of an earlier evaluation, whose initial pictures are taken, so that models are compared on the
     same ones; by default the model paints them. editing: the prompt says which of its parts are wrong
-    (`world.edit_instruction`), and a picture that is right is not touched. settings: of `Regenerator.regenerate`.
-    Raises `RefineError` for a bad model, count or folder.
+    (`world.edit_instruction`), and a picture that is right is not touched. loading: further arguments of
+    `Regenerator.load`; settings: of `Regenerator.regenerate`. Raises `RefineError` for a bad model, count or folder.
     """
     if count < 1 or rounds < 0 or batch < 1:
         raise RefineError(f"count {count}, rounds {rounds}, batch {batch}: give whole numbers of at least 1 (rounds 0)")
-    regenerator = Regenerator.load(model)
+    regenerator = Regenerator.load(model, **(loading or {}))
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     samples = [world.sample(WORLD_SEED, number, "eval") for number in range(count)]
@@ -147,6 +149,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         batch=args.batch,
         progress=not args.quiet,
+        loading=loading_options(args),
     )
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"wrote {folder}")

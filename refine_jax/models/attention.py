@@ -1,9 +1,9 @@
 """Attention: the one door to the kernels.
 
 Which kernel runs is decided by the platform that a program is lowered for: splash attention (`jax.experimental.pallas`)
-on a TPU, cuDNN's flash attention on an NVIDIA GPU, XLA elsewhere and for short sequences. Under a mesh the kernels run
-in `jax.shard_map` by the logical rules in force: ``batch`` and ``act_heads`` are split as they are, queries stay split
-along ``length``, keys and values are gathered there.
+on a TPU, cuDNN's flash attention on an NVIDIA GPU (16 bit), XLA elsewhere and for short sequences. Under a mesh the
+kernels run in `jax.shard_map` by the logical rules in force: ``batch`` and ``act_heads`` are split as they are, queries
+stay split along ``length``, keys and values are gathered there.
 
 A mask is by key (padding), by segment (`segments.SegmentMask`: packed sequences), or any other array; that one goes to
 XLA with all scores. By segment, splash gets spans of keys and no mask (`splash.splash_spans`). cuDNN takes a bias of 2
@@ -37,6 +37,8 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "blocks")
 # From this many scores a head, a kernel pays; on a CPU, which is then kept waiting for memory, one head after another.
 _MANY_SCORES = 1024 * 1024
 _MANY_SCORES_CPU = 128 * 1024
+# Scores of all heads and rows that are not held at once, where no kernel takes the arrays (a GPU's float32): 4 GiB.
+_MOST_SCORES = 2**30
 _BLOCK = 256
 _WIDEST_HEAD = 256
 _LARGEST_BIAS = 2**28
@@ -65,7 +67,7 @@ def attention(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention impl {impl!r}: use one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     pieces = tuple(_pieces(x) for x in (q, k, v))
-    batch, _, _, depth = pieces[0][0].shape
+    batch, _, heads, depth = pieces[0][0].shape
     length, keys = (sum(piece.shape[1] for piece in x) for x in pieces[:2])
     by_segment = isinstance(mask, SegmentMask)
     by_key = not by_segment and (mask is None or (mask.ndim == 4 and mask.shape[1] == mask.shape[2] == 1))
@@ -91,7 +93,10 @@ def attention(
     else:
         choices, otherwise = {}, whole
         if by_key:
-            choices["cpu"] = partial(_joined, lambda q, k, v, _, seen: _blocked_attention(q, k, v, seen))
+            blocked = lambda q, k, v, _, seen: _blocked_attention(q, k, v, seen)
+            choices["cpu"] = partial(_joined, blocked)
+            if batch * heads * length * keys > _MOST_SCORES:
+                otherwise = partial(_on_mesh, blocked)
         else:
             choices["cpu"] = partial(_on_mesh, partial(_blocks_attention, one_head_at_a_time=True))
             otherwise = split["blocks"]
