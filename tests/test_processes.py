@@ -8,9 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
+import toy
 from safetensors.numpy import load_file
 
+from refine_jax import loading
+from refine_jax.convert.lora import write_adapter
+from refine_jax.models.layers import init_lora
+from refine_jax.objective import LORA_FILE
 from refine_jax.train import load_config, train
 
 HERE = Path(__file__).parent
@@ -27,9 +33,25 @@ def get_config():
     return config
 """
 
+ADAPTED = f"""
+import os, sys
+sys.path.insert(0, {str(HERE)!r})
+import toy
 
-def launch(folder: Path, processes: int, *more: str, **environment: str) -> subprocess.Popen:
-    (folder / "config.py").write_text(CONFIG)
+def get_config():
+    config = toy.refine_config("")
+    config.init_from, config.model, config.train_encoder, config.ema_decay = os.environ["BASE"], {{}}, False, 0.0
+    config.batch_size, config.steps, config.save_every, config.log_every = 2, 1, 1, 1
+    config.pictures = dict(every=1, count=1)
+    config.mesh = dict(fsdp=-1)
+    config.optimizer.update(dict(learning_rate=1e-5, warmup=0, decay=0.0))
+    config.lora = dict(rank=2, alpha=6.0, targets="blocks/attn/to_q")
+    return config
+"""
+
+
+def launch(folder: Path, processes: int, *more: str, config: str = CONFIG, **environment: str) -> subprocess.Popen:
+    (folder / "config.py").write_text(config)
     command = ["bash", str(HERE.parent / "launch" / "local.sh"), "--processes", str(processes)]
     command += ["--config", str(folder / "config.py"), "--workdir", str(folder / f"run-{processes}"), *more]
     environment = (
@@ -64,6 +86,24 @@ def test_four_processes_that_share_samples_train_what_one_does(tmp_path):
     for a, b in zip(one, shared):
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-5)
+
+
+def test_two_processes_go_on_with_an_adapter(tmp_path):
+    """What every process reads from files goes to the devices of all, and so do the pictures that a run shows."""
+    model = toy.write_model(tmp_path / "base")
+    tree = init_lora(jax.random.key(0), model.abstract(("mmdit",))["mmdit"], "blocks/attn/to_q", 2)
+    tree = jax.tree.map(lambda x: np.asarray(x) + 0.1, tree)
+    start = tmp_path / "start.safetensors"
+    write_adapter(start, {"mmdit": tree}, metadata=loading.adapter_metadata(model))
+    more = [f"--config.lora.init_from={start}"]
+    two = launch(tmp_path, 2, *more, config=ADAPTED, BASE=str(tmp_path / "base"))
+    said = two.communicate(timeout=400)[0]
+    assert two.returncode == 0, said[-3000:]
+    run = tmp_path / "run-2"
+    assert (run / "pictures" / "00000001.png").is_file()
+    before, after = load_file(start), load_file(run / "model" / LORA_FILE)
+    assert before.keys() == after.keys()
+    assert 0 < max(np.abs(after[name] - before[name]).max() for name in before) < 1e-3
 
 
 def test_two_processes_train_what_one_does(tmp_path, capsys):
