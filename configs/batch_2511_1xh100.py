@@ -3,7 +3,7 @@
     refine-jax batch --config configs/batch_2511_1xh100.py --manifest requests.jsonl --output-dir results
 
 A picture at a time, in bfloat16: weights take 52.6 GiB (docs/speed.md), what is left serves the activations. With
---quantize int8 they take 27 GiB. No GPU has run it yet.
+--quantize int8 they take 27 GiB. Of several GPUs it is to see one (CUDA_VISIBLE_DEVICES=0). No GPU has run it yet.
 """
 
 import ml_collections

@@ -171,12 +171,13 @@ class Scheduler:
         batch_size: int,
         workers: int,
         streams: int = 1,
-        agree: Callable[[bool], bool] | None = None,
+        agree: Callable[[bool, str | None], bool] | None = None,
     ):
         """doors: makers of the doors, by task. finish: takes a request and its picture, in threads of its own; refuse:
         a request, what it is (`REFUSED`, `FAILED`) and why. workers: threads that decode, and as many that finish.
         streams: threads that launch; a CPU runs what one thread launches in turn, and half idle. agree: of processes
-        that share one model, whether one of them is to stop; called by all before each batch, and once at the end."""
+        that share one model, whether one of them is to stop; called by all before each batch, with what it is, and once
+        at the end, with None."""
         self._doors, self._finish, self._refuse = doors, finish, refuse
         self._batch_size, self._workers = batch_size, workers
         self._queues: collections.OrderedDict[Any, list[tuple[_Task, int]]] = collections.OrderedDict()
@@ -308,7 +309,7 @@ class Scheduler:
             if not agreed:
                 self._guarded(self._launch, batch)
         if self._agree is not None and not agreed:
-            self._ask(True, None)  # whoever has more to do stops with this one
+            self._ask(self._stop.is_set(), None)
         self._flying.put(None)
 
     def _ask(self, stop: bool, batch: _Batch | None) -> bool:

@@ -229,6 +229,8 @@ def _load_orbax(
         except RefineError:
             raise
         except Exception as error:  # orbax reports a damaged array with the base class
+            if distributed.lost_peer(error):
+                raise
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
             raise RefineError(f"{path}: cannot be read ({reason}); copy or convert the model again") from None
     return trees
@@ -305,7 +307,7 @@ def manager(workdir: str | Path, keep: int = 2, save_every: int = 1000, keep_eve
 
 def keep_folders(folder: Path, steps: Collection[int]) -> None:
     """Of the folders that are called by a step, remove all but those of `steps`; the first process does."""
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and folder.is_dir():
         for path in folder.iterdir():
             if path.name.isdigit() and int(path.name) not in steps:
                 shutil.rmtree(path, ignore_errors=True)

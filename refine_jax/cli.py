@@ -573,8 +573,10 @@ def _main(argv: list[str]) -> int:
             raise
         reason = next(iter(str(error).strip().splitlines()), "MemoryError")[:200]
         remedy = (
-            "give dtype bfloat16, quantize int8, fewer rows at once (batch_size), or several devices (refine-jax batch "
-            "--config.mesh.fsdp=N)"
+            "give dtype bfloat16, remat full, a smaller batch_size, or a mesh of more devices"
+            if argv and argv[0] == "train"
+            else "give dtype bfloat16, quantize int8, a smaller batch_size, or several devices (refine-jax batch "
+            "--config.mesh.fsdp=N --batch-size M)"
         )
         print(f"refine-jax: not enough memory ({reason}); {remedy}", file=sys.stderr)
         return 1

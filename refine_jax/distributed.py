@@ -34,6 +34,7 @@ EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 TIMEOUT = "REFINE_JAX_START_TIMEOUT"
 START_FAILED = 69  # EX_UNAVAILABLE: not the user's input; may pass by itself, so launchers try again
 _TPU_PORT = 8482
+_LONG = 30 * 24 * 3600
 
 
 class StartError(RefineError):
@@ -82,6 +83,8 @@ def start(env: Mapping[str, str] | None = None) -> Job | None:
             local_device_ids=job.devices and list(job.devices),
             cluster_detection_method="deactivate",
             initialization_timeout=timeout,
+            # Who is done waits for the others as long as they live; that they do is told by their heartbeats.
+            shutdown_timeout_seconds=_LONG,
         )
     except jax.errors.JaxRuntimeError as error:
         reason = next(iter(str(error).strip().splitlines()), "")[:200]

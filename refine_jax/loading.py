@@ -30,7 +30,6 @@ from refine_jax.models.quantize import quantize as quantize_matrix
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "weights/**", "tokenizer/**"]
 _DTYPES = ("float32", "bfloat16")
-# Files distilled to few steps say so in their names: "Qwen-Image-Edit-2511-Lightning-8steps-V1.0-bf16.safetensors".
 
 # Models of the package: their folders, and what made them. To `Regenerator.load` "tiny" is the second.
 BUNDLED = {

@@ -308,10 +308,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     def sampler(params: Any, frozen: Any, mesh: jax.sharding.Mesh, rules: Any) -> Callable:
         trees = {**frozen, **{name: params[name] for name in trained}}
         kind = Refiner if masked else MMDiTRegenerator
-        # Rows that the devices cannot share out, each of them would compute.
-        rows = int(np.prod([mesh.shape[axis] for axis in parallel.BATCH_AXES]))
-        settings = dict(mesh=mesh, rules=rules, batch_size=rows if rows > 1 else None)
-        door = kind(model, trees, source.tokenizer(), adapters(params), **settings)
+        door = kind(model, trees, source.tokenizer(), adapters(params), mesh=mesh, rules=rules)
         return door.refine_batch if masked else door.generate_batch if alone else door.regenerate_batch
 
     def samples(count: int) -> list[dict[str, Any]]:

@@ -224,9 +224,14 @@ def place(tree: Any, mesh: Mesh | None) -> Any:
     return put(tree, SingleDeviceSharding(jax.local_devices()[0]) if mesh is None else replicated(mesh))
 
 
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts a mesh divides a batch."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
 def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     """Raises `RefineError` for a global batch that does not fall into equal parts on the devices."""
-    ways = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    ways = batch_ways(mesh)
     if accumulate < 1:
         raise RefineError(f"optimizer.accumulate {accumulate}: give a whole number of at least 1")
     if batch_size % (ways * accumulate):
@@ -248,7 +253,7 @@ def process_rows(batch_size: int, mesh: Mesh, process: int | None = None) -> np.
     Processes whose devices share samples, along `tensor` or `context`, hold the same rows.
     """
     process = jax.process_index() if process is None else process
-    ways = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    ways = batch_ways(mesh)
     owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(ways, -1)
     held = np.flatnonzero((owners == process).any(axis=1))  # parts of the batch, in the order of BATCH_AXES
     each = batch_size // ways

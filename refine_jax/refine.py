@@ -297,8 +297,8 @@ class Refiner(serving.Door):
         dialect of `convert.lora`, alone or with its weight, (file, 0.8), or a list of such; merge_lora: add them to the
         weights instead of applying them live. scheduler: "checkpoint", or "released", RefineAnything's (constant
         shift); default: released for a converted or foreign checkpoint, whose steps and guidance are then
-        RefineAnything's too (28 steps, true CFG 4.0; with an adapter that is named Lightning, the number of steps in
-        its name and 1.0). mesh, rules: shard the weights over a mesh (`parallel.make_mesh`); of a converted
+        RefineAnything's too (28 steps, true CFG 4.0; with an adapter that its name or header calls Lightning, its
+        number of steps and 1.0). mesh, rules: shard the weights over a mesh (`parallel.make_mesh`); of a converted
         folder each host reads its part. quantize: "int8" keeps the large matrices in 8 bits.
 
         batch_size: every program has so many rows, and a result has the same bits alone or in any batch

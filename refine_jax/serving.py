@@ -86,6 +86,8 @@ class Door:
         self.batch_size = batch_size
         self.programs = store or executables.Store()
         self._mesh, self._rules = mesh, rules
+        # Rows that the devices cannot share out, each of them would compute.
+        self._ways = 1 if mesh is None else parallel.batch_ways(mesh)
         self._progress = Progress()
 
     @property
@@ -108,16 +110,16 @@ class Door:
 
     @property
     def most_rows(self) -> int:
-        """Rows of the largest program: `batch_size`, or what `_PIXELS` allow, a power of two."""
+        """Rows of the largest program: `batch_size`, or what `_PIXELS` allow on each of the mesh's devices."""
         if self.batch_size:
             return self.batch_size
         model = self.model
         pixels = model.vae_area if isinstance(model, ModelConfig) else model.vae_sides[0] ** 2
-        return min(_ROWS, 1 << max(0, (_PIXELS // pixels).bit_length() - 1))
+        return min(_ROWS, 1 << max(0, (_PIXELS // pixels).bit_length() - 1)) * self._ways
 
     def rows_of(self, count: int) -> int:
         """Rows of the program that runs `count`."""
-        return self.batch_size or power_of_two(count)
+        return self.batch_size or -(-power_of_two(count) // self._ways) * self._ways
 
     @contextlib.contextmanager
     def placed(self) -> Iterator[None]:

@@ -283,12 +283,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
                     raise FloatingPointError(f"{error}; {remedy}; lower the learning rate") from None
             if due:
                 save(done)
+            if due and objective.adapts:
+                if done < config.steps:
+                    objective.export(state.ema or state.params, frozen, workdir / "adapters" / f"{done:08d}")
+                checkpoint.keep_folders(workdir / "adapters", {done, *mngr.all_steps()})
             if stop:
                 checkpoint.finish(mngr)
                 raise Preempted(f"saved at step {done} of {config.steps}")
-            if due and objective.adapts and done < config.steps:
-                objective.export(state.ema or state.params, frozen, workdir / "adapters" / f"{done:08d}")
-                checkpoint.keep_folders(workdir / "adapters", {done, *mngr.all_steps()})
             watch.pictures(done, state.ema or state.params, frozen)
         checkpoint.finish(mngr)
 
@@ -301,4 +302,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
 def _order(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What decides the order of samples besides the position, and the mesh, which does not."""
     kept = ("seed", "batch_size", "data", "mesh")
-    return {name: value for name, value in json.loads(config.to_json_best_effort()).items() if name in kept}
+    found = {name: value for name, value in json.loads(config.to_json_best_effort()).items() if name in kept}
+    if found["data"].get("source") == "cache":  # it has its own
+        found["data"].pop("reference_buckets", None)
+    return found

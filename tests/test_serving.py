@@ -178,12 +178,14 @@ def test_a_failure_that_cannot_be_recorded_ends_the_run(where):
 def test_processes_of_one_model_stop_behind_the_same_batch():
     """Each as a scheduler of its own; whoever asks waits for the other, as in a collective."""
     meeting, told, launched, schedulers = threading.Barrier(2, timeout=20), [False, False], [[], []], []
+    plans = ["", ""]
 
     def agreement(number: int):
-        def agree(stop: bool) -> bool:
-            told[number] = stop
+        def agree(stop: bool, plan: str | None) -> bool:
+            told[number], plans[number] = stop, plan
             meeting.wait()
             found = any(told)
+            assert found or plans[0] == plans[1] != ""
             meeting.wait()
             return found
 
@@ -198,7 +200,9 @@ def test_processes_of_one_model_stop_behind_the_same_batch():
     threads = [threading.Thread(target=scheduler.run, args=(requests(),)) for scheduler in schedulers]
     for thread in threads:
         thread.start()
+    end = time.monotonic() + 60
     while len(launched[1]) < 5:
+        assert time.monotonic() < end
         time.sleep(0.001)
     schedulers[1].stop()
     for thread in threads:

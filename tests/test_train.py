@@ -603,9 +603,10 @@ def test_a_lora_goes_on_from_another(base, tmp_path, cache):
     for name, layer in values.items():
         np.testing.assert_array_equal(layer["a"], loaded[name]["a"])
         np.testing.assert_allclose(layer["b"] * 0.5, loaded[name]["b"], rtol=1e-6)
-    config.steps, config.save_every = 2, 2
+    config.steps, config.save_every, config.keep = 3, 1, 1
     config.optimizer.update(dict(learning_rate=1e-4, warmup=0, decay=0.0))
     folder = train(config, tmp_path / "second", progress=False)
+    assert not list((tmp_path / "second" / "adapters").iterdir())  # the one checkpoint that is kept is the result's
     before, after = load_file(first), load_file(folder / objectives.LORA_FILE)
     assert before.keys() == after.keys()
     changes = [np.abs(after[name] - before[name]).max() for name in before]

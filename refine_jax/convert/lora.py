@@ -106,6 +106,7 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+# Adapters distilled to few steps say so in their names: "Qwen-Image-Edit-2511-Lightning-8steps-V1.0-bf16.safetensors".
 _LIGHTNING = re.compile(r"lightning.*?(\d+)[\s_-]*steps?", re.IGNORECASE)
 # In the header of an adapter that was converted: what its old name said.
 STEPS = "refine_jax_steps"
@@ -454,7 +455,7 @@ def training_values(adapter: Adapter, wanted: Mapping[str, Any], scale: float) -
     for path, leaf in traverse_util.flatten_dict(dict(wanted), sep="/").items():
         needed.setdefault(path.rpartition("/")[0], {})[path.rpartition("/")[2]] = leaf
     problems = {
-        "layers that are not trained (widen lora.targets)": sorted(found.keys() - needed.keys()),
+        "layers that are not trained (widen lora.targets; those of vl never are)": sorted(found.keys() - needed.keys()),
         "trained layers that it lacks (narrow lora.targets)": sorted(needed.keys() - found.keys()),
     }
     for layer in found.keys() & needed.keys():

@@ -344,13 +344,14 @@ def evaluate(
     runs = _runs(model.steps, seeds, quick)
     kept: dict[str, list[np.ndarray]] = {}  # of seed 0, which the means use again
     crops = [focus_crop(model, s, margin=margin) for s in samples]
+    rows = min(16, batch, refiner.most_rows)
     quiet: dict[str, Callable[[], list[np.ndarray]]] = {
         COPY: lambda: [s.image for s in samples],
         "bicubic ÷4": lambda: [baselines.bicubic(s.image, s.mask, box) for s, box in zip(samples, crops)],
         "OpenCV inpainting": lambda: [baselines.inpaint(s.image, s.mask) for s in samples],
         "target": lambda: [s.target for s in samples],
-        "target at the model's resolution": lambda: paste_targets(refiner, samples, False, margin),
-        VAE_TARGET: lambda: paste_targets(refiner, samples, True, margin),
+        "target at the model's resolution": lambda: paste_targets(refiner, samples, False, margin, rows),
+        VAE_TARGET: lambda: paste_targets(refiner, samples, True, margin, rows),
     }
     total = len(samples) * (len(quiet) + sum(len(settings) for settings in runs.values()))
     with tqdm(total=total, unit="picture", disable=not progress, desc="held-out") as bar:
@@ -431,6 +432,7 @@ def main(
         "true_cfg_scale": refiner.model.true_cfg_scale,
         "margin": refiner.model.margin if margin is None else margin,
         "seeds": seeds,
+        "loading": {name: str(value) for name, value in loading.items() if value},
         "versions": report.versions(),
     }
     scores: dict[str, list[dict[str, Any]]] = {}
@@ -526,6 +528,8 @@ def run(args: argparse.Namespace) -> None:
         write_recipe(args.write_recipe)
         print(f"wrote {args.write_recipe}")
     elif args.vae_only:
+        if args.lora or args.quantize or args.dtype != "float32":
+            raise RefineError("--vae-only: takes no --lora, --quantize, --dtype; leave them out")
         for kind, row in vae_ceiling(args.model, args.count or 240).items():
             shown = "ratio {:.3f} ({:.3f}–{:.3f})".format(*row["ratio"])
             print(f"{kind}: {row['count']} crops, VAE {row['vae']:.1f}, copy-input {row['copy_input']:.1f}, {shown}")

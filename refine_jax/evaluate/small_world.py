@@ -105,6 +105,7 @@ def main(
                 "seed": seed,
                 "editing": editing,
                 "settings": settings,
+                "loading": {name: str(value) for name, value in (loading or {}).items() if value},
                 "versions": report.versions(),
             },
             "scores": columns,

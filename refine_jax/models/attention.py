@@ -37,7 +37,7 @@ IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "blocks")
 # From this many scores a head, a kernel pays; on a CPU, which is then kept waiting for memory, one head after another.
 _MANY_SCORES = 1024 * 1024
 _MANY_SCORES_CPU = 128 * 1024
-# Scores of all heads and rows that are not held at once, where no kernel takes the arrays (a GPU's float32): 4 GiB.
+# Scores a device that are not held at once, where no kernel takes the arrays (a GPU's float32): 4 GiB.
 _MOST_SCORES = 2**30
 _BLOCK = 256
 _WIDEST_HEAD = 256
@@ -93,14 +93,13 @@ def attention(
     else:
         choices, otherwise = {}, whole
         if by_key:
-            blocked = lambda q, k, v, _, seen: _blocked_attention(q, k, v, seen)
-            choices["cpu"] = partial(_joined, blocked)
-            if batch * heads * length * keys > _MOST_SCORES:
-                otherwise = partial(_on_mesh, blocked)
+            choices["cpu"] = partial(_joined, lambda q, k, v, _, seen: _blocked_attention(q, k, v, seen))
         else:
             choices["cpu"] = partial(_on_mesh, partial(_blocks_attention, one_head_at_a_time=True))
             otherwise = split["blocks"]
         many = length * keys >= _MANY_SCORES
+        if by_key and many and batch * heads * length * keys > _MOST_SCORES * max(1, _devices()):
+            otherwise = partial(_on_mesh, lambda q, k, v, _, seen: _blocked_attention(q, k, v, seen, remat=True))
         if many and depth <= _WIDEST_HEAD and (by_key or mask.span is not None):
             choices["tpu"] = split["splash"]
         even = length % 2 == keys % 2 == 0  # cuDNN's condition for a bias
@@ -115,6 +114,11 @@ def attention(
         else:
             out = jax.lax.platform_dependent(*pieces, of_queries, of_keys, **choices, default=otherwise)
     return out if isinstance(q, (tuple, list)) else out[0]
+
+
+def _devices() -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
 
 
 def _check_mask(impl: str, mask: Array | SegmentMask | None, by_key: bool, by_segment: bool) -> None:
@@ -202,10 +206,10 @@ def _whole_attention(q: Array, k: Array, v: Array, mask: Array | SegmentMask | N
     return checkpoint_name(out.reshape(batch, heads, length, -1).swapaxes(1, 2), CHECKPOINT_NAME)
 
 
-def _blocked_attention(q: Array, k: Array, v: Array, seen: Array | None) -> Array:
+def _blocked_attention(q: Array, k: Array, v: Array, seen: Array | None, remat: bool = False) -> Array:
     """One head and up to `_BLOCK` queries at a time, so that the scores stay in a CPU's cache: twice as fast, or more.
 
-    q [B, S, H, D], k, v [B, Sk, K, D] where K divides H; seen [B, Sk].
+    q [B, S, H, D], k, v [B, Sk, K, D] where K divides H; seen [B, Sk]. remat: a gradient makes the scores again.
     """
     batch, length, heads, depth = q.shape
     keys, kv_heads, blocks = k.shape[1], k.shape[2], -(-length // _BLOCK)
@@ -227,7 +231,7 @@ def _blocked_attention(q: Array, k: Array, v: Array, seen: Array | None) -> Arra
 
         return jax.lax.map(block, queries.reshape(-1, size, depth)).astype(v.dtype)
 
-    out = jax.lax.map(head, (outwards(q), outwards(k), outwards(v), seen))
+    out = jax.lax.map(jax.checkpoint(head) if remat else head, (outwards(q), outwards(k), outwards(v), seen))
     out = out.reshape(batch, heads, blocks * size, -1)[:, :, :length].swapaxes(1, 2)
     return checkpoint_name(out, CHECKPOINT_NAME)
 
