@@ -1,5 +1,6 @@
 """Rows, buckets and the scheduler, with doors that compute nothing."""
 
+import dataclasses
 import json
 import random
 import threading
@@ -8,8 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh
 
 from refine_jax import batch, executables, parallel, serving
 from refine_jax.errors import RefineError
@@ -316,3 +319,14 @@ def test_weights_that_come_later_are_read_once_and_not_for_a_dry_run():
     assert np.asarray(dry.call(doubled, weights)).tolist() == [0, 0] and dry.counts.compiled == 1 and not read
     store = executables.Store()
     assert [np.asarray(store.call(doubled, weights)).tolist() for _ in range(2)] == [[10, 10]] * 2 and read == [1]
+
+
+@pytest.mark.parametrize("side, ways, most", [(64, 1, 64), (256, 1, 16), (1024, 1, 1), (1408, 1, 1), (1024, 4, 4)])
+def test_rows_that_nobody_chose(side, ways, most):
+    """One picture of the released models' size on each device that has rows of its own, more of smaller ones."""
+    mesh = AbstractMesh((1, 1, ways, 2, 1), parallel.MESH_AXES) if ways > 1 else None
+    model = dataclasses.replace(toy.model_config(), vae_area=side * side)
+    door = serving.Door(model, {}, None, mesh=mesh)
+    assert door.most_rows == most
+    assert [door.rows_of(count) for count in (1, 3)] == [max(1, ways), 4]
+    assert serving.Door(model, {}, None, batch_size=3).most_rows == 3
