@@ -1,4 +1,4 @@
-"""RvR on BAGEL-7B-MoT by a LoRA of rank 256 on both experts, on a v6e-16 slice (4 x 4 chips).
+"""RvR on BAGEL-7B-MoT by a LoRA of rank 64 on both experts, on a v6e-16 slice (4 x 4 chips).
 
     refine-jax train --config configs/bagel_rvr_lora_v6e_16.py --workdir runs/rvr_lora --config.init_from=BAGEL-7B-MoT
 
@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
         remat="full",
         rules=recipes.SPREAD,
         ema_decay=0.0,
-        lora=dict(rank=256, alpha=256.0, targets="decoder/layers/(und|gen)/(mlp/)?(q|k|v|o|gate|up|down)_proj"),
+        lora=dict(rank=64, alpha=64.0, targets="decoder/layers/(und|gen)/(mlp/)?(q|k|v|o|gate|up|down)_proj"),
     )
     config.data.sources.understanding.weight = 0.0
     return config

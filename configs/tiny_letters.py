@@ -3,7 +3,10 @@
     refine-jax train --config configs/tiny_letters.py --workdir runs/tiny_letters
 
 Goes on from the result of configs/tiny.py (--config.init_from=tiny: from the bundled model). One step is what the model
-takes, so most of the work is done near σ = 1.
+takes, so most of the work is done near σ = 1. Two CPU cores, 2.1 s a step beside other work. After 2300 steps from the
+bundled model region error without a reference is 0.680 and 0.743 of copy-input's, on 80 crops of 32x96 and 80 of 64x64
+that were never trained on, where the bundled model has 0.696 and 0.757; letters were still being learned. The bundled
+model is without this stage.
 """
 
 import ml_collections
@@ -16,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.objective = "refine"
     config.seed = 1
-    config.steps = 4000
+    config.steps = 2300
     config.batch_size = 16
     config.log_every = 20
     config.save_every = 100
@@ -39,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
         text_length=72,
         workers=1,
     )
-    config.optimizer = recipes.muon(warmup=100, learning_rate=3e-3, decay=0.6)
+    config.optimizer = recipes.muon(warmup=100, learning_rate=2e-3, decay=0.7)
     config.optimizer.muon_exclude += "|alignment"
     config.mesh = dict(data=-1)
     config.rules = {}
