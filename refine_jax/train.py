@@ -303,6 +303,6 @@ def _order(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What decides the order of samples besides the position, and the mesh, which does not."""
     kept = ("seed", "batch_size", "data", "mesh")
     found = {name: value for name, value in json.loads(config.to_json_best_effort()).items() if name in kept}
-    if found["data"].get("source") == "cache":  # it has its own
+    if found.get("data", {}).get("source") == "cache":  # it has its own
         found["data"].pop("reference_buckets", None)
     return found

@@ -278,7 +278,7 @@ def test_too_little_memory_is_said_in_one_line(folder, model, monkeypatch, capfd
     monkeypatch.setattr(Refiner, "refine", grow)
     assert run("refine", *ALL, "--model", model) == 1
     said = capfd.readouterr().err
-    assert said.startswith("refine-jax: not enough memory (") and said.count("\n") == 1 and "smaller picture" in said
+    assert said.startswith("refine-jax: not enough memory (") and said.count("\n") == 1 and "quantize int8" in said
 
 
 def test_interruption(folder, model, monkeypatch, capfd):
