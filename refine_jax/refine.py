@@ -386,8 +386,8 @@ class Refiner(serving.Door):
     def refine_batch(self, requests: Sequence[Mapping[str, Any]], *, progress: bool = False) -> list[Image.Image]:
         """Refine several requests, each a dict of `refine`'s arguments; results in the order of the requests.
 
-        Regions that share static shapes run as one batch, whatever their pictures; a result does not depend on its
-        neighbours. All requests are read and checked before anything is computed.
+        Regions that share static shapes run in batches of `most_rows`, whatever their pictures; a result does not
+        depend on its neighbours. All requests are read and checked before anything is computed.
         """
         return self.run(serving.read_all(self.read, requests), progress)
 

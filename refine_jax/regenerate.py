@@ -247,8 +247,8 @@ class Regenerator(serving.Door):
     def regenerate_batch(self, requests: Sequence[Mapping[str, Any]], *, progress: bool = False) -> list[Image.Image]:
         """Several requests, each a dict of `regenerate`'s arguments; results in the order of the requests.
 
-        Requests of one size and the same settings run as one batch; a result does not depend on its neighbours. All are
-        read and checked before anything is computed.
+        Requests of one size and the same settings run in batches of `most_rows`; a result does not depend on its
+        neighbours. All are read and checked before anything is computed.
         """
         return self.run(serving.read_all(self.read, requests), progress)
 

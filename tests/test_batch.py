@@ -17,9 +17,10 @@ import jax
 import numpy as np
 import pytest
 import toy
+from jax.sharding import AbstractMesh
 from PIL import Image
 
-from refine_jax import batch, cli, executables, recipes
+from refine_jax import batch, cli, executables, parallel, recipes
 from refine_jax.errors import RefineError
 from refine_jax.refine import Refiner
 from refine_jax.regenerate import Regenerator
@@ -205,6 +206,54 @@ def test_weights_and_adapters_are_told_apart_by_what_they_hold(models, tmp_path)
         found.append(str(names(lora=lora)))
     assert len({*found, str(names()), str(names(lora=dict(model=((str(file), 0.5),))))}) == 5
     assert names(regenerator="tiny")["regenerator"] != names(model="tiny")["model"]
+
+
+def test_adapters_are_named_on_the_command_line(models, finished, tmp_path, capsys):
+    manifest, *_ = finished
+    adapter = ["--lora", f"{tmp_path}/none.safetensors:0.5", "--merge-lora"]
+    assert cli.main([*arguments(models, manifest, tmp_path / "out"), *adapter]) == 2
+    assert "none.safetensors: no such file" in capsys.readouterr().err
+
+
+def test_rows_that_devices_cannot_share_out_are_refused(models, monkeypatch):
+    mesh = AbstractMesh((1, 4, 2, 1, 1), parallel.MESH_AXES)
+    monkeypatch.setattr(batch, "_group", lambda axes: (mesh, (0, 1, True)))
+    with pytest.raises(RefineError, match="batch_size 4: .* give a multiple of 8"):
+        batch.Doors(settings(models, batch_size=4), executables.Store())
+    assert batch.Doors(settings(models, batch_size=8), executables.Store()).mesh is mesh
+
+
+AGREEING = """
+import sys
+from refine_jax import batch, distributed, parallel
+from refine_jax.errors import RefineError
+me = distributed.start().process
+agree = batch._agreement(parallel.make_mesh({"fsdp": 2}))
+said = [agree(False, "a batch"), agree(me == 1, "a batch"), agree(me == 0, None if me else "more"), agree(False, None)]
+for mine in (f"request {me}", None if me else "a last one"):
+    try:
+        said.append(agree(False, mine))
+    except RefineError as error:
+        said.append("different requests" in str(error))
+print(said)
+"""
+
+
+def test_processes_of_one_model_compare_what_they_are_about_to_do(cache):
+    """Nothing is launched where one process has read what the other has not, unless one of them stops anyway."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    told = lambda number: dict(
+        JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(number), JAX_PLATFORMS="cpu"
+    )
+    command = [sys.executable, "-c", AGREEING]
+    two = [
+        subprocess.Popen(command, env=environment(cache) | told(number), stdout=subprocess.PIPE, text=True)
+        for number in range(2)
+    ]
+    for process in two:
+        said = process.communicate(timeout=120)[0]
+        assert said.splitlines()[-1] == "[False, True, True, False, True, True]", said
 
 
 def environment(cache: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ import pytest
 from flax.linen import meta
 from PIL import Image
 
-from refine_jax import checkpoint, images
+from refine_jax import checkpoint, cli, images
 from refine_jax.compare import before_after
 from refine_jax.data import assets
 from refine_jax.errors import RefineError
@@ -273,6 +273,13 @@ def test_vae_ceiling_of_a_folder(model_folder, tmp_path):
     assert found["all"]["count"] == 3 and found["all"]["ratio"][0] > 0.5  # random weights return nothing
     with pytest.raises(RefineError, match="refine_jax.json"):
         vae_ceiling(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["heldout", "world"])
+def test_adapters_are_read_before_anything_is_judged(tmp_path, capsys, kind):
+    adapter = ["--lora", f"{tmp_path}/none.safetensors:0.5"]
+    assert cli.main(["evaluate", "--set", kind, *adapter, "--output", str(tmp_path / "out")]) == 2
+    assert "none.safetensors: no such file" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_the_table_leaves_out_what_was_not_judged():

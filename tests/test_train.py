@@ -625,6 +625,13 @@ def test_a_lora_goes_on_from_another(base, tmp_path, cache):
         assert all(word in str(error.value) for word in words), error.value
 
 
+def test_shipped_recipes_can_be_told_what_to_go_on_from():
+    config = load_config(toy.CONFIGS / "edit_debug.py", {"lora.init_from": "a.safetensors"})
+    assert config.lora.to_dict() == dict(rank=4, alpha=4.0, targets=config.lora.targets, init_from="a.safetensors")
+    with pytest.raises(RefineError, match="lora.init_from: tiny.py has no such key"):  # it trains the whole model
+        load_config(toy.CONFIGS / "tiny.py", {"lora.init_from": "a.safetensors"})
+
+
 def test_a_lora_is_trained_on_records(base, tmp_path, cache):
     command = ["data", "synth", "--output", str(tmp_path / "data"), "--count", "6", "--size", "256,256"]
     assert cli.main(command) == 0
