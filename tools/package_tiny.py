@@ -1,6 +1,6 @@
 """Put a trained tiny model into the package, with what it came from.
 
-    python tools/package_tiny.py tiny vae=runs/tiny_vae flow=runs/tiny
+    python tools/package_tiny.py tiny vae=runs/tiny_vae flow=runs/tiny letters=runs/tiny_letters
     python tools/package_tiny.py tiny_rvr vae=runs/tiny_world_vae world=runs/tiny_world rvr=runs/tiny_rvr
 
 Takes the model of the last run. Writes its folder (weights as float16), and beside it the resolved configurations, the
@@ -19,8 +19,8 @@ from refine_jax import alignment, checkpoint, loading
 from refine_jax.images import save_picture
 from refine_jax.model import ModelConfig
 
-CURVES = ("loss", "mse", "inside", "outside")
-COLOURS = ("#1f4e9c", "#c4402a", "#2c8a4b")
+CURVES = ("loss", "mse", "inside", "outside", "alignment")
+COLOURS = ("#1f4e9c", "#c4402a", "#2c8a4b", "#8a5a2c")
 
 
 def read_scalars(workdir: Path) -> list[dict]:
