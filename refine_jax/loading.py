@@ -33,7 +33,7 @@ _DTYPES = ("float32", "bfloat16")
 
 # Models of the package: their folders, and what made them. To `Regenerator.load` "tiny" is the second.
 BUNDLED = {
-    "tiny": ("tiny", "configs/tiny_vae.py, tiny.py, tiny_letters.py"),
+    "tiny": ("tiny", "configs/tiny_vae.py, then configs/tiny.py, then configs/tiny_letters.py"),
     "tiny-rvr": ("tiny_rvr", "configs/tiny_world_vae.py, tiny_world.py, tiny_world_see.py, tiny_rvr.py"),
 }
 

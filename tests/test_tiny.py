@@ -54,8 +54,10 @@ def test_the_reference_is_looked_at():
 def test_the_model_says_what_it_was_made_from():
     folder = examples.ASSETS.parent / "tiny"
     manifest = checkpoint.read_manifest(folder)
-    assert "configs/tiny.py" in manifest["about"] and (folder / "ATTRIBUTION.md").is_file()
-    steps = [json.loads(line)["step"] for line in (folder / "training" / "flow_metrics.jsonl").open()]
-    config = json.loads((folder / "training" / "flow_config.json").read_text())
-    assert steps[-1] == config["steps"] and steps == sorted(steps)
+    assert (folder / "ATTRIBUTION.md").is_file()
+    for stage, made_by in (("vae", "tiny_vae"), ("flow", "tiny"), ("letters", "tiny_letters")):
+        assert f"configs/{made_by}.py" in manifest["about"]
+        steps = [json.loads(line)["step"] for line in (folder / "training" / f"{stage}_metrics.jsonl").open()]
+        config = json.loads((folder / "training" / f"{stage}_config.json").read_text())
+        assert steps[-1] == config["steps"] and steps == sorted(steps)
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 20e6
