@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractMesh
 
-from refine_jax import batch, executables, parallel, serving
+from refine_jax import batch, executables, parallel, scheduling, serving
 from refine_jax.errors import RefineError
 from refine_jax.manifest import Refused, Request
 from refine_jax.refine import ASPECTS, grown
+from refine_jax.scheduling import FAILED, REFUSED, Scheduler
 
 
 class PlainDoor:
@@ -51,7 +52,7 @@ class PlainDoor:
 
 def run(
     requests: list, batch_size: int = 4, workers: int = 2, streams: int = 1, **door
-) -> tuple[dict, dict, PlainDoor, batch.Scheduler]:
+) -> tuple[dict, dict, PlainDoor, Scheduler]:
     made = PlainDoor(batch_size, **door)
     done, refused, lock = {}, {}, threading.Lock()
 
@@ -60,7 +61,7 @@ def run(
             assert request.id not in done
             done[request.id] = picture
 
-    scheduler = batch.Scheduler(
+    scheduler = Scheduler(
         {"refine": lambda: made},
         finish,
         lambda request, status, reason: refused.__setitem__(request.id, (status, reason)),
@@ -100,7 +101,7 @@ def test_every_request_is_answered_once_whatever_the_timing(asked, batch_size, w
 
 def test_pictures_that_wait_have_a_bound():
     """Rows of a rare bucket do not wait for ever for others while the memory fills."""
-    requests = [request(k, rows=[(k, 1)], pixels=batch._PIXELS // 3) for k in range(9)]
+    requests = [request(k, rows=[(k, 1)], pixels=scheduling._PIXELS // 3) for k in range(9)]
     _, _, door, _ = run(requests, batch_size=4)
     assert [base for base, _ in door.launched] == list(range(9)), "the oldest goes first"
 
@@ -109,11 +110,11 @@ def test_pictures_that_wait_have_a_bound():
 def test_decoded_pictures_that_wait_have_a_bound(share, most):
     """As many as two batches are decoded ahead, but fewer large ones: those that fill the memory, and those at work."""
     asked = 200
-    requests = [request(k, rows=[(k % 3, 1)], pixels=batch._PIXELS // share) for k in range(asked)]
+    requests = [request(k, rows=[(k % 3, 1)], pixels=scheduling._PIXELS // share) for k in range(asked)]
     door = PlainDoor(16)
     read, ahead = [], []
     decode, door.read = door.read, lambda **arguments: (read.append(1), decode(**arguments))[1]
-    scheduler = batch.Scheduler({"refine": lambda: door}, lambda *_: None, lambda *_: None, batch_size=16, workers=2)
+    scheduler = Scheduler({"refine": lambda: door}, lambda *_: None, lambda *_: None, batch_size=16, workers=2)
     add = scheduler._add
 
     def watched(task):
@@ -134,15 +135,18 @@ def test_what_is_wrong_with_one_request_is_its_own():
     requests[5] = request(5, nonsense=1)
     done, refused, _, _ = run(requests)
     assert set(done) == {"0", "1", "3"}
-    assert refused["2"] == (batch.REFUSED, "no such file") and refused["4"] == (batch.REFUSED, "line 5: no JSON")
-    assert refused["5"][0] == batch.FAILED and "nonsense" in refused["5"][1]
+    assert refused["2"] == (REFUSED, "no such file") and refused["4"] == (
+        REFUSED,
+        "line 5: no JSON",
+    )
+    assert refused["5"][0] == FAILED and "nonsense" in refused["5"][1]
 
 
 def test_a_batch_that_fails_takes_its_requests_along_and_no_others():
     requests = [request(k, rows=[("a", k), ("bad" if k == 3 else "b", k)]) for k in range(8)]
     done, refused, _, _ = run(requests, bad=("bad",))
     assert set(done) == {str(k) for k in range(8)} - {"3"}
-    assert list(refused) == ["3"] and refused["3"][0] == batch.FAILED and "too large" in refused["3"][1]
+    assert list(refused) == ["3"] and refused["3"][0] == FAILED and "too large" in refused["3"][1]
 
 
 def test_a_device_that_is_lost_ends_the_run():
@@ -157,12 +161,12 @@ def test_a_bucket_that_is_too_large_hinders_no_other_however_often_it_comes():
     requests = [request(k, rows=[("a" if k > 20 else "large", k)]) for k in range(30)]
     done, refused, _, _ = run(requests, batch_size=2, bad=("large",))
     assert set(done) == {str(k) for k in range(21, 30)} and len(refused) == 21
-    assert {status for status, _ in refused.values()} == {batch.FAILED}
+    assert {status for status, _ in refused.values()} == {FAILED}
 
 
 def test_a_picture_that_cannot_be_put_together_is_its_requests_own():
     done, refused, _, _ = run([request(k, rows=[("a", k)], torn=k == 2) for k in range(6)])
-    assert set(done) == {"0", "1", "3", "4", "5"} and refused["2"][0] == batch.FAILED
+    assert set(done) == {"0", "1", "3", "4", "5"} and refused["2"][0] == FAILED
     assert "ZeroDivisionError" in refused["2"][1]
 
 
@@ -173,7 +177,7 @@ def test_a_failure_that_cannot_be_recorded_ends_the_run(where):
 
     door = PlainDoor(2)
     setattr(door, where, lambda *_: 1 // 0)
-    scheduler = batch.Scheduler({"refine": lambda: door}, lambda *_: None, refuse, batch_size=2, workers=2, streams=2)
+    scheduler = Scheduler({"refine": lambda: door}, lambda *_: None, refuse, batch_size=2, workers=2, streams=2)
     with pytest.raises(RefineError, match="No space left"):
         scheduler.run(request(k, rows=[("a", k)]) for k in range(100))
 
@@ -198,7 +202,7 @@ def test_processes_of_one_model_stop_behind_the_same_batch():
         door = PlainDoor(2, slow=0.005)
         door.launched = launched[number]
         make = dict(batch_size=2, workers=1, agree=agreement(number))
-        schedulers.append(batch.Scheduler({"refine": lambda d=door: d}, lambda *_: None, lambda *_: None, **make))
+        schedulers.append(Scheduler({"refine": lambda d=door: d}, lambda *_: None, lambda *_: None, **make))
     requests = lambda: (request(k, rows=[("a", k)]) for k in range(400))
     threads = [threading.Thread(target=scheduler.run, args=(requests(),)) for scheduler in schedulers]
     for thread in threads:
@@ -220,7 +224,7 @@ def test_a_full_disk_ends_the_run():
         raise RefineError("result: cannot be written (No space left on device)")
 
     door = PlainDoor(2)
-    scheduler = batch.Scheduler({"refine": lambda: door}, finish, lambda *_: None, batch_size=2, workers=1)
+    scheduler = Scheduler({"refine": lambda: door}, finish, lambda *_: None, batch_size=2, workers=1)
     with pytest.raises(RefineError, match="No space left"):
         scheduler.run(request(k, rows=[("a", k)]) for k in range(100))
     assert len(door.launched) < 50
@@ -244,11 +248,11 @@ def test_a_grown_box_holds_the_box_and_stays_in_the_picture(box, spare, aspect):
 def test_the_length_of_a_union(pairs):
     intervals = [(float(start), float(start + length)) for start, length in pairs]
     covered = {second for start, length in pairs for second in range(start, start + length)}
-    assert batch._measure(intervals) == len(covered)
+    assert scheduling._measure(intervals) == len(covered)
 
 
 def test_waiting_for_the_compiler_is_not_idleness():
-    clock = batch._Clock()
+    clock = scheduling._Clock()
     clock.working += [(10.0, 12.0), (11.0, 14.0), (20.0, 22.0), (24.0, 25.0)]
     clock.preparing += [(3.0, 10.0), (13.0, 19.0)]  # the first before anything ran, the second partly behind a batch
     assert clock.read() == (15.0 - 5.0, 4.0 + 2.0 + 1.0)
