@@ -32,6 +32,7 @@ OPTIONAL: dict[str, Any] = {
     "data.pairs": "",
     "data.path": "",
     "data.reference_buckets": None,
+    "data.reference_dropout": 0.0,
     "data.reference_share": 2 / 3,
     "data.text_to_image": 0.0,
     "data.validation": "",

@@ -20,6 +20,7 @@ from refine_jax.bagel import BagelModel
 from refine_jax.bagel_objective import bagel_objective
 from refine_jax.convert import lora as lora_files
 from refine_jax.data import cache, loader, synth, world
+from refine_jax.data.prompted import Prompted
 from refine_jax.data.records import Dataset, open_picture
 from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig, encode_images, encode_prompts, velocity
@@ -147,6 +148,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     cached = data.source == "cache"
     if cached and (config.train_encoder or not config.init_from):
         raise RefineError("data.source 'cache': the encoder must stay as it is; set init_from, and train_encoder=False")
+    if cached and data.get("reference_dropout"):
+        raise RefineError("data.reference_dropout: a cache's tokens were made with the references; set it to 0")
     trained = () if adapter else ("mmdit", "vl") if config.train_encoder else ("mmdit",)
     needed = ("mmdit",) if cached else ("mmdit", "vae", "vl")
     frozen = tuple(name for name in needed if name not in trained)
@@ -238,10 +241,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
                 max_corrupt=data.get("max_corrupt", 0.01),
                 **common,
             )
-        share = data.get("text_to_image", 0.0)
-        return _Prompted(
-            pairs, model, source.tokenizer(), data.text_length, config.instruction_dropout, share, config, rows
-        )
+        return Prompted(pairs, model, source.tokenizer(), config, rows)
 
     def batch_shapes() -> list[dict[str, Any]]:
         rows, length, dtype = config.batch_size, data.text_length, jnp.dtype(config.dtype)
@@ -551,72 +551,3 @@ def aligned_heads(params: Any, config: MMDiTConfig, frames: Sequence[int]) -> An
             dense["kernel"] = dense["kernel"].replace_boxed(dense["kernel"].unbox().at[:, :heads].multiply(0.3))
             norm["scale"] = norm["scale"].replace_boxed(norm["scale"].unbox() * sharp)
     return params
-
-
-class _Prompted:
-    """The pairs of a loader with tokenised instructions under "prompt" in place of their bytes.
-
-    An instruction is replaced by the model's negative prompt with probability `dropout`, and the picture of a pair
-    without a mask is left out with probability `alone` (then has_image is False), by draws that depend on the seed, the
-    position and the row in the global batch alone.
-    """
-
-    def __init__(
-        self,
-        pairs: Any,
-        model: ModelConfig,
-        tokenizer: Any,
-        length: int,
-        dropout: float,
-        alone: float,
-        config: ml_collections.ConfigDict,
-        rows: Sequence[int],
-    ):
-        if not 0 <= alone <= 1:
-            raise RefineError(f"data.text_to_image {alone}: give a share from 0 to 1")
-        self._pairs, self._model, self._length, self._dropout = pairs, model, length, dropout
-        self._tokenizer, self._alone = tokenizer, alone
-        self._seed, self._batch_size, self._own = config.seed, config.batch_size, np.asarray(rows)
-
-    def __iter__(self) -> Iterator:
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        step = self._pairs.get_state()["step"]
-        batch = dict(next(self._pairs))
-        names = self._model.pictures.read
-        shapes = [batch[name].shape for name in names]
-        grids = [self._model.vl_grid(shape[2] / shape[1]) for shape in shapes]
-        rows = len(self._own)
-        draw = lambda kind: np.random.default_rng([self._seed, step, kind]).random(self._batch_size)[self._own]
-        draws = draw(0)
-        if "mask" not in names:
-            batch["has_image"] = draw(1) >= self._alone
-            if self._alone == 1 and not self._model.pictures.seen:
-                del batch["image"]  # nor need it be encoded
-        texts = [loader.decode_instruction(row) for row in batch.pop("instruction")]
-        texts = [self._model.negative_prompt if drawn < self._dropout else text for drawn, text in zip(draws, texts)]
-        fit = functools.partial(self._model.fit_prompt, self._tokenizer, grids=grids, length=self._length)
-        there = np.stack([batch.get(f"has_{name}", np.ones(rows, bool)) for name in names], axis=1).tolist()
-        encoded = [fit(text, present=present) for text, present in zip(texts, there)]
-        batch["prompt"] = vars(prompts.pad_prompts(encoded, self._length))
-        for name in ("is_logo", "skipped"):
-            batch.pop(name, None)
-        return batch
-
-    @property
-    def corrupt(self) -> int:
-        """How many records this host had to leave out so far."""
-        return len(getattr(self._pairs, "corrupt", ()))
-
-    def get_state(self) -> dict[str, Any]:
-        """The pairs' position."""
-        return self._pairs.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue at a position that `get_state` gave."""
-        self._pairs.set_state(state)
-
-    def close(self) -> None:
-        """End the pairs' worker processes."""
-        self._pairs.close()

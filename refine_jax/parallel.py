@@ -31,6 +31,7 @@ DEFAULT_RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("out_channels", None),
     ("conv_in", None),
     ("conv_out", None),
+    ("lora_embed", "fsdp"),  # an adapter's side that is `embed` of its kernel
     ("lora_rank", "fsdp"),  # where the other side of the matrix is not split so already
     # activations
     ("batch", BATCH_AXES),

@@ -308,7 +308,9 @@ def named(config: ml_collections.ConfigDict) -> list[str]:
 
 
 # Weights lie on all chips of a slice, also on those that share a sample: no chip keeps what another has.
-SPREAD = dict(embed=("fsdp", "context"), lora_rank=("fsdp", "context"))
+SPREAD = dict(embed=("fsdp", "context"), lora_embed=("fsdp", "context"), lora_rank=("fsdp", "context"))
+# Where an adapter's gradients are large: the rank over `fsdp` alone, for they are scattered over one mesh axis only.
+SCATTERED = dict(lora_embed=None, lora_rank="fsdp")
 # For full fine-tuning: weights, moments and gradients lie on all chips although the batch is split over two mesh axes,
 # rows over `fsdp`, columns over `data`. On a torus of three axes the compiler has no reduce-scatter over all of them.
 WHOLE = dict(heads="data", mlp="data", time="data")

@@ -11,7 +11,7 @@ from refine_jax import bagel, conditioning, parallel
 from refine_jax.bagel import BagelModel
 from refine_jax.model import ModelConfig, Size
 from refine_jax.models.bagel import Bagel, generate_text
-from refine_jax.refine import generate
+from refine_jax.refine_programs import generate
 
 # --------------------------------------------------------------------------------------- the Qwen-Image MMDiT's program
 

@@ -33,6 +33,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "ce_weight": (0.0, math.inf),
     "data.margin_jitter": (0.0, _BELOW_ONE),
     "data.max_corrupt": (0.0, math.inf),
+    "data.reference_dropout": (0.0, 1.0),
     "data.reference_share": (0.0, 1.0),
     "data.text_dropout": (0.0, 1.0),
     "data.text_to_image": (0.0, 1.0),

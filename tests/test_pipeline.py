@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from reference_pipeline import MATRIX, Case, Pair, picture, scribble
 
 from refine_jax import executables, focus
-from refine_jax import refine as program
+from refine_jax import refine_programs as program
 from refine_jax.convert import lora
 from refine_jax.errors import RefineError
 from refine_jax.models.mmdit import MMDiT

@@ -23,7 +23,8 @@ from refine_jax.evaluate import small_world
 from refine_jax.model import ModelConfig, decode_latents, encode_images, encode_prompts, velocity
 from refine_jax.models.mmdit import image_positions, text_start
 from refine_jax.models.qwen_vl_config import merged_tokens
-from refine_jax.refine import Refiner, generate
+from refine_jax.refine import Refiner
+from refine_jax.refine_programs import generate
 from refine_jax.regenerate import MMDiTSpec, mmdit_program
 from refine_jax.train import train
 

@@ -405,6 +405,21 @@ def test_scalars_step_times_and_a_profile(tmp_path, monkeypatch, capsys):
     assert all(name in written for name in (b"loss", b"grad_norm", b"size", b"data_wait", b"step_seconds"))
 
 
+def test_a_profile_on_request(tmp_path, monkeypatch, capsys):
+    class Asking(Numbers):
+        def __next__(self):
+            if self.step == 2:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().__next__()
+
+    linear(monkeypatch, Asking())
+    before = signal.getsignal(signal.SIGUSR1)
+    train(toy_loop(9, log_every=3), tmp_path / "run", progress=False)
+    assert signal.getsignal(signal.SIGUSR1) is before
+    assert "steps 4 to 8 profiled" in capsys.readouterr().err
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
+
+
 def test_a_disk_without_room_is_said(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -649,6 +664,39 @@ def test_a_lora_is_trained_on_records(base, tmp_path, cache):
     config.data.source = "files"
     with pytest.raises(RefineError, match="data.source 'files': choose one of synth, records"):
         train(config, tmp_path / "other", progress=False)
+
+
+def test_references_are_left_out(base):
+    """Neither the latents' mask nor the prompt has them, and nothing else changes; which, the position decides."""
+
+    def rows(share: float) -> list[dict]:
+        config = lora_config(base)
+        config.batch_size, config.data.reference_share = 8, 1.0
+        config.data.reference_dropout = share
+        batches = objectives.make(config).batches()
+        found = [next(batches) for _ in range(3)]
+        batches.set_state({"step": 1})
+        again = next(batches)
+        batches.close()
+        jax.tree.map(np.testing.assert_array_equal, again, found[1])
+        return found
+
+    seen = {share: np.concatenate([row["has_reference"] for row in rows(share)]) for share in (0.0, 0.5, 1.0)}
+    assert seen[0.0].all() and not seen[1.0].any() and 6 < seen[0.5].sum() < 18
+    for whole, half in zip(rows(0.0), rows(0.5)):
+        left = ~half["has_reference"]
+        for name in ("image", "target", "mask", "reference"):
+            np.testing.assert_array_equal(whole[name], half[name])
+        tokens = lambda batch: batch["prompt"]["mask"].sum(axis=1)
+        assert (tokens(half)[left] < tokens(whole)[left]).all()
+        np.testing.assert_array_equal(tokens(half)[~left], tokens(whole)[~left])
+    config = lora_config(base)
+    config.data.reference_dropout = 1.5
+    with pytest.raises(RefineError, match="data.reference_dropout 1.5"):
+        objectives.make(config).batches()
+    config.data.update(source="cache", path="caches")
+    with pytest.raises(RefineError, match="data.reference_dropout: a cache"):
+        objectives.make(config)
 
 
 @pytest.mark.parametrize(

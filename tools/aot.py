@@ -45,7 +45,8 @@ from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig
 from refine_jax.models.segments import attention_mask, join
 from refine_jax.models.splash import block_size
-from refine_jax.refine import WIDE_TEXT_BUCKETS, Reference, Spec, reference_room, refine_program, view_tokens
+from refine_jax.refine import WIDE_TEXT_BUCKETS, reference_room, view_tokens
+from refine_jax.refine_programs import Reference, Spec, refine_program
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30

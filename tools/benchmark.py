@@ -276,7 +276,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from refine_jax import executables, focus
-    from refine_jax import refine as program
+    from refine_jax import refine_programs as program
 
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     rng = np.random.default_rng(args.seed)

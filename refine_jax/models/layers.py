@@ -4,7 +4,8 @@ Parameters carry logical axis names (`flax.linen.with_logical_partitioning`); `f
 Networks are applied with plain (unboxed) trees. Names in use:
 
 - parameters: ``layers`` (scanned blocks), ``embed``, ``heads`` (heads x head_dim), ``mlp``, ``vocab``, ``norm``,
-  ``time``, ``in_channels``, ``out_channels``, ``conv_in``, ``conv_out``, ``lora_rank``;
+  ``time``, ``in_channels``, ``out_channels``, ``conv_in``, ``conv_out``; of adapters ``lora_rank``, and ``lora_embed``
+  where the kernel has ``embed``;
 - activations: ``batch``, ``length`` (image tokens), ``text_length``, ``act_embed``, ``act_heads``, ``act_mlp``, and
   ``time_rows``, ``act_time`` of a timestep's embedding, a vector a sample. They differ from the parameters' names
   because the residual stream is normally whole along the features on which FSDP splits the kernels.
@@ -209,7 +210,7 @@ def init_lora(
 
     `a` is uniform in ±1/sqrt(in), `b` zero, so that the adapted network starts as the base. Kernels may be stacked:
     [..., in, out] gives a [..., in, rank], b [..., rank, out]; of kernels in their logical boxes, a and b are boxed
-    too, the rank named ``lora_rank``. Raises RefineError where nothing matches.
+    too, the rank named ``lora_rank`` and ``embed`` ``lora_embed``. Raises RefineError where nothing matches.
 
     >>> init_lora(key, params, r"blocks/attn/(to_q|to_k|to_v|to_out)", 256)
     {"blocks": {"attn": {"to_q": {"a": [60, 3072, 256], "b": [60, 256, 3072]}, …}}}
@@ -224,7 +225,7 @@ def init_lora(
         a = jax.random.uniform(own, (*stack, inputs, rank), dtype, -bound, bound)
         b = jnp.zeros((*stack, rank, outputs), dtype)
         if isinstance(kernel, nn.meta.AxisMetadata):
-            *above, rows, columns = kernel.names
+            *above, rows, columns = ("lora_embed" if name == "embed" else name for name in kernel.names)
             a = kernel.replace(value=a, names=(*above, rows, "lora_rank"))
             b = kernel.replace(value=b, names=(*above, "lora_rank", columns))
         lora[(*path[:-1], "a")], lora[(*path[:-1], "b")] = a, b
