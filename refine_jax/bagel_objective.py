@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ import ml_collections
 import numpy as np
 from flax.linen import meta
 from jax.experimental import multihost_utils
+from PIL import Image
 from tqdm import tqdm
 
-from refine_jax import bagel, checkpoint, flow, loading, parallel
+from refine_jax import bagel, checkpoint, executables, flow, loading, parallel
 from refine_jax.bagel import BagelModel
 from refine_jax.convert import lora as lora_files
 from refine_jax.data import packing, sequences
@@ -31,6 +32,7 @@ from refine_jax.models import siglip
 from refine_jax.models.bagel import Bagel, BagelConfig, Segments, latent_position_ids
 from refine_jax.models.layers import constrain, init_lora, scale_lora
 from refine_jax.objective import LORA_FILE, Objective
+from refine_jax.regenerate import Regenerator
 
 # Tokens of the smallest block of an attention kernel.
 _BLOCK = 128
@@ -77,8 +79,15 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
     def adapters(params: Any) -> Any:
         return scale_lora(params["lora"], adapter.alpha / adapter.rank) if adapter else {}
 
+    wording = sequences.Wording(bagel.SYSTEM_TRAINING, model.prompt, model.conditioning == "rvr_vae")
+    programs = executables.Store()  # of all pictures that a run shows
+
+    @functools.cache
+    def sources() -> dict[str, sequences.Source]:
+        return _sources(data, wording)
+
     def batches() -> Iterator:
-        return _batches(config, model, buckets, source.tokenizer())
+        return _batches(config, model, buckets, source.tokenizer(), sources())
 
     def batch_shapes() -> list[dict[str, Any]]:
         return [
@@ -105,6 +114,41 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
         manifest = dataclasses.replace(model, bagel=plain).to_manifest()
         checkpoint.save_model(folder, manifest, {**fixed, **params})
 
+    def shown() -> tuple[str, sequences.Source]:
+        """(task, source) of the first source that regenerates, or else of the first that paints."""
+        if data.get("validation"):
+            return "rvr", sequences.Records(Path(data.validation), "rvr", wording)
+        tasks = [(task, name) for task in ("rvr", "text_to_image") for name in sources()]
+        for task, name in tasks:
+            if data.sources[name].task == task:
+                return task, sources()[name]
+        raise RefineError("pictures: no source of data.sources is of the task rvr or text_to_image; leave pictures out")
+
+    def sampler(params: Any, fixed: Any, mesh: jax.sharding.Mesh, rules: Any) -> Callable:
+        trees = {**fixed, **{name: params[name] for name in trained}}
+        settings = dict(mesh=mesh, rules=rules, store=programs)
+        door = Regenerator(model, trees, source.tokenizer(), adapters(params), **settings)
+        return door.regenerate_batch if shown()[0] == "rvr" else door.generate_batch
+
+    def samples(count: int) -> list[dict[str, Any]]:
+        task, pairs = shown()
+        found = []
+        for number in range(len(pairs)):
+            if len(found) == count:
+                break
+            try:
+                items, pictures = pairs.sample(number)
+            except RefineError:  # of a damaged one the batches tell
+                continue
+            *image, target = map(Image.fromarray, pictures)
+            [*_, text] = [item.text for item in items if isinstance(item, sequences.Text)]
+            if task == "rvr":
+                found.append(dict(image=image[0], prompt=wording.said(text), target=target))
+            else:
+                height, width = model.painted_size((target.height, target.width))
+                found.append(dict(prompt=text, size=(width, height), target=target))
+        return found
+
     return Objective(
         init=init,
         loss=loss,
@@ -115,6 +159,8 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
         adapts=bool(adapter),
         initial=initial if (adapter.get("init_from") if adapter else config.init_from) else None,
         batch_shapes=batch_shapes,
+        sampler=sampler,
+        samples=samples,
         model=model,
     )
 
@@ -280,23 +326,32 @@ def _bucket(model: BagelModel, size: tuple[int, int], data: Any) -> packing.Buck
     return packing.Bucket(size, seen, pictures, text, data.answer_length)
 
 
-def _batches(
-    config: ml_collections.ConfigDict, model: BagelModel, buckets: list[packing.Bucket], tokenizer: Any
-) -> Iterator:
-    data = config.data
-    wording = sequences.Wording(bagel.SYSTEM_TRAINING, model.prompt, model.conditioning == "rvr_vae")
-    encode = functools.partial(bagel.text_ids, tokenizer)
-    marks = bagel.Marks.of(tokenizer)
+def _sources(data: Any, wording: sequences.Wording) -> dict[str, sequences.Source]:
+    """Those of `config.data.sources` that have a weight, opened, by their names."""
     named = {name: settings.to_dict() for name, settings in data.sources.items()}
-    weights = {name: float(settings.get("weight", 1.0)) for name, settings in named.items()}
-    for name, weight in weights.items():
+    for name, settings in named.items():
+        weight = settings["weight"] = float(settings.get("weight", 1.0))
         if not 0 <= weight < math.inf:
             raise RefineError(f"data.sources.{name}.weight {weight}: give a number of at least 0; 0 leaves it out")
-    names = [name for name, weight in weights.items() if weight]
-    if not names:
+    used = {name: settings for name, settings in named.items() if settings["weight"]}
+    if not used:
         raise RefineError("data.sources: none with a weight above 0; give one")
     speaks = jax.process_index() == 0
-    sources = tuple(sequences.open_source(name, named[name], wording, speaks) for name in names)
+    return {name: sequences.open_source(name, settings, wording, speaks) for name, settings in used.items()}
+
+
+def _batches(
+    config: ml_collections.ConfigDict,
+    model: BagelModel,
+    buckets: list[packing.Bucket],
+    tokenizer: Any,
+    opened: Mapping[str, sequences.Source],
+) -> Iterator:
+    data, names, sources = config.data, list(opened), tuple(opened.values())
+    encode = functools.partial(bagel.text_ids, tokenizer)
+    marks = bagel.Marks.of(tokenizer)
+    weights = [float(data.sources[name].get("weight", 1.0)) for name in names]
+    speaks = jax.process_index() == 0
     # The texts around the prompts come again and again.
     tokens = functools.lru_cache(maxsize=64)(lambda text: len(encode(text)))
     indices = [source.index(tokens) for source in sources]
@@ -304,7 +359,7 @@ def _batches(
     _check_same(digest, names)
     plan = packing.Packing(
         indices,
-        [weights[name] for name in names],
+        weights,
         config.batch_size,
         buckets,
         config.seed,

@@ -15,7 +15,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from refine_jax import alignment, checkpoint, conditioning, flow, loading, losses, parallel, prompts
+from refine_jax import (
+    alignment,
+    checkpoint,
+    conditioning,
+    executables,
+    flow,
+    loading,
+    losses,
+    parallel,
+    prompts,
+    validation,
+)
 from refine_jax.bagel import BagelModel
 from refine_jax.bagel_objective import bagel_objective
 from refine_jax.convert import lora as lora_files
@@ -165,6 +176,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     boxed = model.boxed(frozen)
 
     def load(shardings: Any) -> Any:
+        if cached and (config.get("pictures") or {}).get("every"):
+            vae()  # for them; read now, while no mesh is in force
         return read(frozen, shardings, config.dtype)
 
     def initial(shardings: Any) -> Any:
@@ -203,17 +216,29 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         return scale_lora(params["lora"], adapter.alpha / adapter.rank) if adapter else {}
 
     buckets = [tuple(bucket) for bucket in data.buckets]
+    held_out = data.get("validation") or data.path
+    programs = executables.Store()  # of all pictures that a run shows
+
+    @functools.cache
+    def opened() -> dict[str, cache.Cache]:
+        mesh = parallel.make_mesh(dict(config.mesh))
+        wanted = cache.made_with(config, model, "")
+        del wanted["weights"]
+        paths = (data.path, held_out)
+        for path in paths:
+            cache.fitting_caches(path, wanted)  # what is wrong is said before the encoder is read
+        wanted["weights"] = cache.fingerprint(cache.load_encoders(config, model, mesh, progress=True))
+        return {path: cache.open_cache(path, wanted) for path in paths}
+
+    @functools.cache
+    def vae() -> Any:
+        return source.parameters(model.abstract(("vae",)), spread(model.boxed(("vae",))), config.dtype)["vae"]
 
     def batches() -> Iterator:
         rows = parallel.own_rows(config.batch_size, dict(config.mesh))
         hosts = dict(rows=rows, workers=data.workers)
         if cached:
-            mesh = parallel.make_mesh(dict(config.mesh))
-            wanted = cache.made_with(config, model, "")
-            del wanted["weights"]
-            cache.fitting_caches(data.path, wanted)  # what is wrong is said before the encoder is read
-            wanted["weights"] = cache.fingerprint(cache.load_encoders(config, model, mesh, progress=True))
-            found = cache.open_cache(data.path, wanted)
+            found = opened()[data.path]
             dropout, limit = config.instruction_dropout, data.get("max_corrupt", 0.01)
             return cache.batches(found, config.seed, config.batch_size, dropout=dropout, max_corrupt=limit, **hosts)
         common = dict(seed=config.seed, batch_size=config.batch_size, buckets=buckets, **hosts)
@@ -307,13 +332,19 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
 
     def sampler(params: Any, frozen: Any, mesh: jax.sharding.Mesh, rules: Any) -> Callable:
         trees = {**frozen, **{name: params[name] for name in trained}}
+        if cached:
+            trees["vae"] = vae()
+            return lambda found: validation.painted(model, trees, adapters(params), found, mesh, _SAMPLES)
         kind = Refiner if masked else MMDiTRegenerator
-        door = kind(model, trees, source.tokenizer(), adapters(params), mesh=mesh, rules=rules)
+        door = kind(model, trees, source.tokenizer(), adapters(params), mesh=mesh, rules=rules, store=programs)
         return door.refine_batch if masked else door.generate_batch if alone else door.regenerate_batch
 
     def samples(count: int) -> list[dict[str, Any]]:
+        if cached:
+            rows = cache.rows(opened()[held_out], count)
+            return validation.decoded(model, vae(), rows, parallel.make_mesh(dict(config.mesh)))
         if data.source == "records":
-            found = _record_samples(Dataset(data.get("validation") or data.path), count)
+            found = _record_samples(Dataset(held_out), count)
             if masked:
                 return found
             return [{name: sample[name] for name in ("image", "prompt", "target")} for sample in found]
@@ -344,8 +375,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         adapts=bool(adapter),
         initial=initial if (adapter.get("init_from") if adapter else config.init_from) else None,
         batch_shapes=batch_shapes,
-        sampler=None if cached else sampler,
-        samples=None if cached else samples,
+        sampler=sampler,
+        samples=samples,
         model=model,
     )
 

@@ -84,15 +84,33 @@ def generate(
         texts = [(jnp.concatenate([a, b]), jnp.concatenate([m, n])) for (a, m), (b, n) in [texts]]
         context = jax.tree.map(lambda x: jnp.concatenate([x, x]), context)
     [(text, text_mask)] = texts
+    scale = inputs["true_cfg_scale"] if guided else None
+    return denoise(model, variables, lora, noise, inputs["sigmas"], context, text, text_mask, scale, report)
 
-    sigmas = inputs["sigmas"].astype(jnp.float32)
+
+def denoise(
+    model: ModelConfig,
+    variables: Mapping[str, Any],
+    lora: Mapping[str, Any],
+    noise: Array,
+    sigmas: Array,
+    context: conditioning.ImageTokens,
+    text: jax.Array,
+    text_mask: jax.Array,
+    true_cfg_scale: Array | None = None,
+    report: Callable[[Any], None] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The loop of `generate`, on conditioning that is made: of B rows, or with true_cfg_scale `[B]` of 2B, the
+    negative ones behind. noise `[B, h, w, C]`, sigmas `[N + 1]`. Returns what `generate` does."""
+    sigmas = sigmas.astype(jnp.float32)
+    guided = true_cfg_scale is not None
 
     def step(x: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
         sigma, following = sigmas[index], sigmas[index + 1]
         both = jnp.concatenate([x, x]) if guided else x
         v = velocity(model, variables, lora, both, jnp.full(both.shape[0], sigma), context, text, text_mask)
         if guided:
-            v = flow.true_cfg(*jnp.split(v, 2), inputs["true_cfg_scale"])
+            v = flow.true_cfg(*jnp.split(v, 2), true_cfg_scale)
         if report is not None:
             jax.debug.callback(report, index + 1)
         return flow.euler_step(x, v, sigma, following), None
@@ -168,3 +186,27 @@ def refine_program(
 def paste_program(picture: Array, crop: Array, box: Array, mask: Array, *, style: str) -> jax.Array:
     """`focus.paste_back`, for the regions of a picture that has several: pasted in turn, each over those before it."""
     return focus.paste_back(picture, crop, box, mask, style)
+
+
+@parallel.program("model")
+def encoded_program(
+    variables: Mapping[str, Any], lora: Mapping[str, Any], inputs: Mapping[str, Any], *, model: ModelConfig
+) -> jax.Array:
+    """Pictures `[B, H, W, 3] uint8` from conditioning that is encoded already, without guidance.
+
+    inputs: encoded, what `objectives.encode` returns (`target` is not looked at); noise `[B, h, w, C] float32`, sigmas
+    `[N + 1] float32`. Of the variables the MMDiT and the VAE are needed.
+    """
+    encoded, noise, seen = inputs["encoded"], inputs["noise"], model.pictures.seen
+    present = [encoded.get(f"has_{name}") for name in seen]
+    latents = [encoded[name].astype(jnp.float32) for name in seen]
+    context = conditioning.image_tokens(noise.shape, latents, present, model.mmdit.patch_size)
+    text = (encoded["text"], encoded["text_mask"])
+    _, pictures = denoise(model, variables, lora, noise, inputs["sigmas"], context, *text)
+    return pictures.astype(jnp.uint8)
+
+
+@parallel.program("model")
+def decode_program(variables: Mapping[str, Any], latents: jax.Array, *, model: ModelConfig) -> jax.Array:
+    """`decode_latents`, as pictures `[B, H, W, 3] uint8`."""
+    return decode_latents(model, variables, latents).astype(jnp.uint8)

@@ -72,7 +72,7 @@ class Watch:
             self._scalars = self._stack.enter_context(open(history, "a", encoding="utf-8"))
             self._board = _board(workdir / "tensorboard", first, self._stack)
             if (config.get("pictures") or {}).get("every") and objective.sampler is None:
-                tqdm.write("pictures: none are made, since this objective or its cache has no sampler", file=sys.stderr)
+                tqdm.write("pictures: none are made, since this objective has no sampler", file=sys.stderr)
         self._profile = tuple(config.get("profile", ())) or None
         self._tracing = False
         self._asked = threading.Event()

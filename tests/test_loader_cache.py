@@ -11,10 +11,13 @@ import records_toy
 import toy
 from flax import linen as nn
 from flax.linen import meta
+from PIL import Image
 
-from refine_jax import checkpoint, cli, objectives, parallel
-from refine_jax.data import cache, cache_build, records
+from refine_jax import checkpoint, cli, conditioning, flow, loading, objectives, parallel, prompts, validation
+from refine_jax.data import cache, cache_build, loader, records
 from refine_jax.errors import RefineError
+from refine_jax.model import decode_latents
+from refine_jax.refine_programs import generate
 from refine_jax.train import train
 
 MESH = parallel.make_mesh({"fsdp": 1}, jax.devices()[:1])
@@ -256,6 +259,51 @@ def test_the_command(made, tmp_path, capsys):
     assert json.loads((opened.folder / "dataset.json").read_text())["recipe"]["data"]["digest"]
 
 
+def test_samples_of_the_cache_are_what_the_pictures_give(made):
+    """One whose reference is there and one without, against the sampler from pixels on the same noise."""
+    config, folder, opened = made
+    rows = cache.rows(opened, 10)
+    assert len(rows) == 10 and [len(cache.rows(opened, count)) for count in (0, 3, 99)] == [0, 3, 10]
+    wanted = [next(k for k, row in enumerate(rows) if row["has_reference"] == there) for there in (True, False)]
+    config = config.copy_and_resolve_references()
+    config.data.source, config.data.path = "cache", str(folder)
+    objective = objectives.make(config)
+    model = objective.model
+    source = loading.open_model(config.init_from)
+    names = ("mmdit", "vae", "vl")
+    variables = source.parameters(model.abstract(names), parallel.param_shardings(model.boxed(names), MESH), "float32")
+    with jax.set_mesh(MESH), nn.logical_axis_rules(parallel.make_rules(config.rules)):
+        samples = validation.decoded(model, variables["vae"], [rows[k] for k in wanted], MESH)
+        found = validation.painted(model, variables, {}, samples, MESH, 7)
+    dataset = records.Dataset(made[0].data.path)
+    tokenizer = source.tokenizer()
+    for number, (k, sample, picture) in enumerate(zip(wanted, samples, found)):
+        number_of, *sides = (int(v) for v in opened.index[k])
+        size, shown = tuple(sides[:2]), tuple(sides[2:]) if sides[2] else tuple(sides[:2])
+        pair = loader.pair(dataset[number_of], size, shown, model.margin, 96)
+        text, here = loader.decode_instruction(pair["instruction"]), bool(pair["has_reference"])
+        grids = [model.vl_grid(shape[1] / shape[0]) for shape in (size, shown, size)]
+        prompt = model.fit_prompt(tokenizer, text, grids, [True, here, True], config.data.text_length)
+        batch = {name: np.float32(value)[None] for name, value in pair.items() if name in ("image", "reference")}
+        batch["mask"] = np.repeat(np.float32(pair["mask"])[None, ..., None], 3, axis=-1)
+        looks = [batch[name] for name in ("image", "reference", "mask")]
+        views = [conditioning.view(x[0], None, model.vl_sizes(x.shape[2] / x.shape[1])) for x in looks]
+        noise = np.random.default_rng([7, number]).standard_normal(rows[k]["image"].shape, dtype=np.float32)[None]
+        inputs = {
+            "prompt": vars(prompts.pad_prompts([prompt], config.data.text_length)),
+            "noise": noise,
+            "sigmas": flow.schedule(model.scheduler, model.steps, noise[0, ..., 0].size // model.mmdit.patch_size**2),
+        }
+        present = [None, np.array([here]), None]
+        run = jax.jit(lambda v, i, s, r: generate(model, v, {}, i, s, present, [x[None] for x in r])[1])  # noqa: B023
+        expected = np.asarray(run(variables, inputs, looks, views))[0]
+        apart = np.abs(np.asarray(picture, np.float32) - expected)
+        assert apart.max() <= 1 and apart.mean() < 0.01 and expected.std() > 5
+        once = lambda x: np.asarray(decode_latents(model, variables, x[None]))[0]  # noqa: E731
+        for name in ("image", "target"):
+            assert np.abs(np.asarray(sample[name], np.float32) - once(rows[k][name])).max() <= 1
+
+
 def test_a_lora_is_trained_from_the_cache(made, tmp_path):
     """Loss and update are those of training on the pictures, batch for batch; the encoders are not in the program."""
     config, folder, _ = made
@@ -264,14 +312,17 @@ def test_a_lora_is_trained_from_the_cache(made, tmp_path):
     online = objectives.make(config)
     config.data.source, config.data.path = "cache", str(folder)
     objective = objectives.make(config)
-    assert set(objective.frozen) == {"mmdit"} and objective.sampler is None
+    assert set(objective.frozen) == {"mmdit"}
     batches = objective.batches()
     batch = next(batches)
     batches.close()
     shapes = objective.batch_shapes()[0]
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
 
+    config.pictures = dict(every=1, count=3)
     train(config, tmp_path / "cached", progress=False)
+    with Image.open(tmp_path / "cached" / "pictures" / "00000001.png") as shown:  # three rows of three pictures
+        assert shown.size[1] == 3 * (128 + 4) and len(shown.getcolors(2**24)) > 1000
     line = json.loads((tmp_path / "cached" / "metrics.jsonl").read_text())
     params = jax.eval_shape(online.init, jax.random.key(config.seed))
     placed = parallel.param_shardings(params, None)

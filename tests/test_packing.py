@@ -438,6 +438,13 @@ def test_batches_resume_and_are_shared_by_hosts(monkeypatch, capsys):
     assert "the samples are others than before" in capsys.readouterr().err
     for iterator in (batches, again):
         iterator.close()
+    # What a run shows: pairs of the source that regenerates, with the prompt as its user said it.
+    drawn = config.data.sources.rvr
+    for number, sample in enumerate(objective.samples(2)):
+        pair = world.sample(drawn.get("seed", 0), number, "train", drawn.get("side", 64))
+        assert sample["prompt"] == pair["prompt"]
+        np.testing.assert_array_equal(np.asarray(sample["image"]), pair["misaligned_image"])
+        np.testing.assert_array_equal(np.asarray(sample["target"]), pair["image"])
 
 
 def test_pictures_that_cannot_be_read_are_counted(released, tmp_path):
@@ -486,7 +493,10 @@ def test_it_is_trained_whole_and_by_lora(tmp_path):
     lora = dict(rank=2, alpha=4.0, targets="decoder/layers/(und|gen)/(q|o)_proj")
     config = configuration(init_from=str(folder), model={}, lora=lora, ema_decay=0.0)
     config.optimizer.update(learning_rate=0.1, warmup=0)  # two steps are to be seen
+    config.pictures = dict(every=2, count=2)
     out = train(config, tmp_path / "lora", progress=False)
+    with Image.open(tmp_path / "lora" / "pictures" / "00000002.png") as shown:
+        assert shown.size == (3 * (128 + 4), 2 * (128 + 4))  # input, result, target
     loaded = loading.load(folder, adapters=out / objectives.LORA_FILE)
     leaves = jax.tree.leaves(loaded.lora["bagel"])
     assert leaves and all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in leaves)  # b begins as zeros

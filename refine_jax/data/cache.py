@@ -28,7 +28,7 @@ from flax.linen import meta
 from refine_jax import loading, parallel
 from refine_jax.data import loader
 from refine_jax.data.plan import Plan
-from refine_jax.data.records import MANIFEST, Shards
+from refine_jax.data.records import MANIFEST, CorruptRecord, Shards
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig
 
@@ -164,17 +164,39 @@ class _Entries:
         draw = np.random.default_rng([self.plan.seed, step, 0]).random(self.plan.batch_size)[row]
         silent = entry.pop("negative", None)
         text = silent if draw < self.dropout else entry["text"]
-        reference = entry.get("reference")
-        if reference is None:
-            _, (height, width) = self.plan.group(step)
-            latent, size = entry["image"], self.plan.group(step)[0]
-            sides = (height * latent.shape[0] // size[0], width * latent.shape[1] // size[1])
-            reference = np.zeros((*sides, latent.shape[2]), latent.dtype)
-        padded = np.zeros((self.length, text.shape[1]), text.dtype)
-        padded[: len(text)] = text
-        has = "reference" in entry
-        mask = np.arange(self.length) < len(text)
-        return {**entry, "reference": reference, "has_reference": np.bool_(has), "text": padded, "text_mask": mask}
+        (across, _), reference = self.plan.group(step)
+        absent = tuple(side * entry["image"].shape[0] // across for side in reference)
+        return _row({**entry, "text": text}, self.length, absent)
+
+
+def _row(entry: Mapping[str, np.ndarray], length: int, absent: tuple[int, int]) -> dict[str, np.ndarray]:
+    """An entry as the objective takes it: text padded to `length`, and where there is no reference zeros, `absent`."""
+    text, latent = entry["text"], entry["image"]
+    padded = np.zeros((length, text.shape[1]), text.dtype)
+    padded[: len(text)] = text
+    reference = entry.get("reference", np.zeros((*absent, latent.shape[2]), latent.dtype))
+    has, mask = np.bool_("reference" in entry), np.arange(length) < len(text)
+    return {**entry, "reference": reference, "has_reference": has, "text": padded, "text_mask": mask}
+
+
+def rows(cache: Cache, count: int) -> list[dict[str, np.ndarray]]:
+    """The first entries that can be read, up to `count`, each as a row of `batches` (nothing is dropped)."""
+    length, found = _length(cache), []
+    for number in range(len(cache)):
+        if len(found) == count:
+            break
+        try:
+            entry = dict(cache[number])
+        except CorruptRecord:
+            continue
+        entry.pop("negative", None)
+        found.append(_row(entry, length, entry["image"].shape[:2]))
+    return found
+
+
+def _length(cache: Cache) -> int:
+    model = cache.manifest["recipe"]["model"]
+    return model["text_length"] - model["prompt"]["drop_tokens"]
 
 
 def batches(
@@ -198,9 +220,8 @@ def batches(
     if dropout and model["negative"] is None:
         raise RefineError(f"{cache.folder}: made without instruction_dropout; build it again with it")
     plan = Plan.fixed(np.asarray(cache.index[:, 1:]), seed, batch_size)
-    length = model["text_length"] - model["prompt"]["drop_tokens"]
     loader.check_corrupt(max_corrupt)
-    make = _Entries(cache, plan, length, dropout)
+    make = _Entries(cache, plan, _length(cache), dropout)
     return _CacheBatches(make, batch_size, max_corrupt, threads=False, start=start, rows=rows, workers=workers)
 
 

@@ -98,6 +98,11 @@ class Wording:
         before = (Painted(0, clean=True),) if self.latents else ()
         return Text(self.system), *before, Seen(0), Text(self.prompt.replace("{}", prompt)), Painted(1)
 
+    def said(self, text: str) -> str:
+        """The prompt in a text that `rvr` made of it."""
+        before, after = self.prompt.split("{}")
+        return text.removeprefix(before).removesuffix(after)
+
 
 def text_to_image(prompt: str) -> tuple[Item, ...]:
     """Picture 0 is painted."""
