@@ -216,7 +216,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         return scale_lora(params["lora"], adapter.alpha / adapter.rank) if adapter else {}
 
     buckets = [tuple(bucket) for bucket in data.buckets]
-    held_out = data.get("validation") or data.path
+    held_out = data.get("validation") or data.get("path", "")
     programs = executables.Store()  # of all pictures that a run shows
 
     @functools.cache

@@ -393,7 +393,8 @@ def eight_devices(pairs: list[dict]) -> None:
     plain = [(axes, None) for axes in [*ALONE, *pairs]]
     # As in full fine-tuning: weights over both axes of the batch, gathered in turn.
     plans = {"mmdit": (objective, encoded, [*plain, (dict(data=2, fsdp=4), recipes.WHOLE)])}
-    plans |= {"whole": (whole, pixels, [(several, None)]), "lora": (adapter, encoded, [(several, None)])}
+    adapters = [(several, None), (dict(fsdp=2, context=4), recipes.SPREAD | recipes.SCATTERED)]
+    plans |= {"whole": (whole, pixels, [(several, None)]), "lora": (adapter, encoded, adapters)}
     for name, (trained, batch, meshes) in plans.items():
         one = run(trained, batch, {})
         for axes, changed in meshes:
@@ -434,8 +435,8 @@ def test_eight_devices_compute_what_one_does(tmp_path):
     assert vae["encode"]["rows"] == [[1, 2], [1, 4], [1, 8]] == vae["decode"]["rows"], vae
     for part in vae.values():
         assert part["convolutions"] >= 10 and part["apart"] <= 1e-5, vae
-    assert len(found) == len(ALONE) + len(SOME_PAIRS) + 3
-    [spread] = [line for line in found if line["rules"]]
+    assert len(found) == len(ALONE) + len(SOME_PAIRS) + 4
+    [spread] = [line for line in found if line["rules"] and line["name"] == "mmdit"]
     [usual] = [line for line in found if line["axes"] == spread["axes"] and not line["rules"]]
     assert spread["split"] > usual["split"] and spread["constraints"] > usual["constraints"]
     for line in [*found, packed]:
