@@ -20,7 +20,7 @@ from refine_jax.focus import resample
 from refine_jax.models import bagel, siglip
 from refine_jax.models.bagel import Bagel, BagelConfig, Cache, Segments
 from refine_jax.models.flux_vae import FluxVAE, FluxVAEConfig, denormalize, normalize
-from refine_jax.models.layers import each_row
+from refine_jax.models.layers import each_row, param_shapes
 
 Array = jax.Array | np.ndarray
 Size = tuple[int, int]
@@ -164,7 +164,7 @@ class BagelModel:
 
     def boxed(self, names: Sequence[str] = NETWORKS) -> dict[str, Any]:
         """`abstract` with each parameter in its logical box, as `parallel.param_shardings` takes it."""
-        return jax.eval_shape(lambda: self.init(jax.random.key(0), names))
+        return param_shapes(self, NETWORKS, names)
 
 
 def _frozen(value: Any) -> Any:

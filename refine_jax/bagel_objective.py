@@ -64,7 +64,7 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
 
     def init(key: jax.Array) -> Any:
         if adapter:
-            base = jax.eval_shape(lambda: model.init(key, ("bagel",)))["bagel"]
+            base = model.boxed(("bagel",))["bagel"]
             return {"lora": {"bagel": init_lora(key, base, adapter.targets, adapter.rank)}}
         return model.init(key, trained)
 

@@ -20,7 +20,7 @@ from refine_jax.conditioning import CONDITIONINGS, Pictures
 from refine_jax.errors import RefineError
 from refine_jax.flow import SchedulerConfig
 from refine_jax.focus import FOCUS_MARGIN, bucket_size
-from refine_jax.models.layers import each_row
+from refine_jax.models.layers import each_row, param_shapes
 from refine_jax.models.mmdit import MMDiT, MMDiTConfig
 from refine_jax.models.qwen_vae import QwenVAE, VAEConfig, denormalize, normalize
 from refine_jax.models.qwen_vl import (
@@ -185,7 +185,7 @@ class ModelConfig:
 
     def boxed(self, names: Sequence[str] = ("mmdit", "vae", "vl")) -> dict[str, Any]:
         """`abstract` with each parameter in its logical box, as `parallel.param_shardings` takes it."""
-        return jax.eval_shape(lambda: self.init(jax.random.key(0), names))
+        return param_shapes(self, ("mmdit", "vae", "vl", "multiple"), names)
 
     def fit_prompt(
         self, tokenizer: Any, text: str, grids: Sequence[Size], present: Sequence[bool], length: int

@@ -205,7 +205,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
 
     def init(key: jax.Array) -> Any:
         if adapter:
-            base = jax.eval_shape(lambda: model.init(key, ("mmdit",)))["mmdit"]
+            base = model.boxed(("mmdit",))["mmdit"]
             return {"lora": {"mmdit": init_lora(key, base, adapter.targets, adapter.rank)}}
         params = model.init(key, trained)
         if config.get("aligned_heads") and not config.init_from:

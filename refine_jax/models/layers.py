@@ -11,6 +11,7 @@ Networks are applied with plain (unboxed) trees. Names in use:
   because the residual stream is normally whole along the features on which FSDP splits the kernels.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -201,6 +202,20 @@ class Dense(nn.Module):
             )
             y = y + bias.astype(dtype)
         return y
+
+
+def param_shapes(model: Any, fields: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """Shapes of `model.init(key, names)`, in logical boxes, traced once for every architecture.
+
+    model: a frozen dataclass of networks' configurations, of which `init` reads `fields` alone.
+    """
+    read = type(model)(**{field: getattr(model, field) for field in fields})
+    return {name: jax.tree.map(lambda leaf: leaf, _network_shapes(read, name)) for name in names}
+
+
+@functools.lru_cache(maxsize=64)
+def _network_shapes(model: Any, name: str) -> Any:
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), (name,)))[name]
 
 
 def init_lora(
