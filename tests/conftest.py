@@ -4,9 +4,9 @@ import gc
 import os
 from importlib.metadata import version
 
-# The programs of the tests run for milliseconds and compile for seconds: LLVM is told to hurry, and where this XLA still
-# has them the older emitters of fused loops give it a third of the work, which it does in one piece (the other worker
-# has the other core). What the compiled code computes stays within every tolerance.
+# The programs of the tests run for milliseconds and compile for seconds: LLVM is told to hurry, and where this XLA has
+# them, the older emitters of fused loops give it a third of the work, which it does in one piece (the other worker has
+# the other core). What the compiled code computes stays within every tolerance.
 # REFINE_JAX_TESTS_COMPILE=default (.ci/run, for comparisons with the references) leaves the compiler as users have it.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if tuple(map(int, version("jaxlib").split(".")[:2])) <= (0, 10):  # a flag that XLA does not know ends the process
