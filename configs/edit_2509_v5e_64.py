@@ -6,7 +6,7 @@ r"""The paper's LoRA on Qwen-Image-Edit-2509 (the paper's base model), on a v5e-
         --config.data.path=caches/DIGITS
 
 Eight chips share a sample: its tokens are split four ways, heads and MLP two ways.
-By the compiler: 12.8 of 16 GiB a chip, a step takes 0.86 s or more (links; 0.83 s of arithmetic), MFU 87 % at most
+By the compiler: 12.8 of 16 GiB a chip, a step takes 0.86 s or more (links; 0.83 s of arithmetic), MFU 88 % at most
 (docs/pods.md).
 """
 

@@ -45,7 +45,8 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
     t is drawn once a picture (`config.sigma`). CE: a mean over the tokens of all answers. The VAE is frozen; trained
     are all weights of the decoder and the tower, or a LoRA where `config.lora` gives rank, alpha, targets (an
     expression for the paths of dense layers), fresh or from the file `config.lora.init_from`. Trained weights are
-    float32, the rest and the computation `config.dtype`.
+    float32, the rest and the computation `config.dtype`. `config.pictures` shows pairs of the dataset
+    `config.data.validation`, regenerated, or of the first source that regenerates, or else of the first that paints.
 
     Starts from a model folder or a BAGEL or RvR folder (`config.init_from`, `config.weights`), or at random with the
     architecture `config.model`. `config.conditioning`, `vae_sides`, `vit_sides` replace the model's where they are set.
@@ -87,6 +88,8 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
         return _sources(data, wording)
 
     def batches() -> Iterator:
+        if (config.get("pictures") or {}).get("every"):
+            shown()  # what is wrong is said before the first step
         return _batches(config, model, buckets, source.tokenizer(), sources())
 
     def batch_shapes() -> list[dict[str, Any]]:
@@ -114,8 +117,9 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
         manifest = dataclasses.replace(model, bagel=plain).to_manifest()
         checkpoint.save_model(folder, manifest, {**fixed, **params})
 
+    @functools.cache
     def shown() -> tuple[str, sequences.Source]:
-        """(task, source) of the first source that regenerates, or else of the first that paints."""
+        """(task, source) of what a run shows."""
         if data.get("validation"):
             return "rvr", sequences.Records(Path(data.validation), "rvr", wording)
         tasks = [(task, name) for task in ("rvr", "text_to_image") for name in sources()]
@@ -132,14 +136,18 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
 
     def samples(count: int) -> list[dict[str, Any]]:
         task, pairs = shown()
-        found = []
+        tokenizer, found, numbers = source.tokenizer(), [], []
         for number in range(len(pairs)):
             if len(found) == count:
                 break
             try:
                 items, pictures = pairs.sample(number)
-            except RefineError:  # of a damaged one the batches tell
+                for item in items:
+                    if isinstance(item, sequences.Text):
+                        bagel.text_ids(tokenizer, item.text)
+            except RefineError:  # of what cannot be used the batches tell
                 continue
+            numbers.append(number)
             *image, target = map(Image.fromarray, pictures)
             [*_, text] = [item.text for item in items if isinstance(item, sequences.Text)]
             if task == "rvr":
@@ -147,6 +155,7 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
             else:
                 height, width = model.painted_size((target.height, target.width))
                 found.append(dict(prompt=text, size=(width, height), target=target))
+        parallel.check_same("pictures", numbers)
         return found
 
     return Objective(

@@ -4,8 +4,8 @@ One pass over the manifest: requests are read and decoded by a pool of threads, 
 their rows put into queues, one for each bucket (`serving.Bucket`: a compiled program and its shapes). A full queue is a
 batch. Batches run one behind the other while earlier results are encoded and written and later requests decoded.
 
-Which rows make a batch follows from the order of the requests alone, never from timing, so that processes that share
-the chips of one model agree on it without a word. And a row's bits do not depend on its batch (`serving`).
+Which rows make a batch follows from the order of the requests alone (`scheduling`), and a row's bits do not depend on
+its batch (`serving`).
 
     OUTPUT/run.json              what decides the results; a run with other settings is refused
     OUTPUT/results/ID.png        written aside, then renamed

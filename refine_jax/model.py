@@ -1,6 +1,6 @@
 """A whole model: the configurations of its three networks with all that a checkpoint decides, and how they compose.
 
-What the sampler (`refine`) and the trainer (`objectives`) both do to arrays stands here, once.
+What the sampler (`refine_programs`) and the trainer (`objectives`) both do to arrays stands here, once.
 """
 
 import dataclasses
@@ -241,6 +241,16 @@ def encode_images(model: ModelConfig, variables: Mapping[str, Any], images: Sequ
         mean, _ = each_row(vae, x)
         latents.update(zip(slots, jnp.split(normalize(mean, model.vae), len(slots))))
     return [latents[k] for k in range(len(images))]
+
+
+def encoded_context(
+    model: ModelConfig, encoded: Mapping[str, Any], target: tuple[int, int, int, int]
+) -> conditioning.ImageTokens:
+    """The condition images of what `objectives.encode` made, for a target of latents (B, h, w, C)."""
+    seen = model.pictures.seen
+    present = [encoded.get(f"has_{name}") for name in seen]
+    latents = [encoded[name].astype(jnp.float32) for name in seen]
+    return conditioning.image_tokens(target, latents, present, model.mmdit.patch_size)
 
 
 def decode_latents(model: ModelConfig, variables: Mapping[str, Any], latents: jax.Array) -> jax.Array:

@@ -22,8 +22,9 @@ class Objective:
     host's part of the batch. batch_shapes() -> the global batch as `jax.ShapeDtypeStruct`s, one tree a bucket.
     export(params, frozen, folder) writes the result; where `adapts`, that is a LoRA's file, and made at every save.
     sampler(params, frozen, mesh, rules) -> what makes pictures of requests with the present weights, a list of each,
-    where there is such a thing; samples(count) -> requests for it, each with its target under "target". model: its
-    `ModelConfig` or `BagelModel`, None for a VAE alone.
+    where there is such a thing; samples(count) -> requests for it, each with its target under "target"; the mesh and
+    the rules are in force for both, and every process calls them. model: its `ModelConfig` or `BagelModel`, None for a
+    VAE alone.
     """
 
     init: Callable[[jax.Array], Any]

@@ -17,6 +17,7 @@ import numpy as np
 
 from refine_jax import (
     alignment,
+    cached_pictures,
     checkpoint,
     conditioning,
     executables,
@@ -25,7 +26,6 @@ from refine_jax import (
     losses,
     parallel,
     prompts,
-    validation,
 )
 from refine_jax.bagel import BagelModel
 from refine_jax.bagel_objective import bagel_objective
@@ -34,7 +34,7 @@ from refine_jax.data import cache, loader, synth, world
 from refine_jax.data.prompted import Prompted
 from refine_jax.data.records import Dataset, open_picture
 from refine_jax.errors import RefineError
-from refine_jax.model import PUBLISHED, ModelConfig, encode_images, encode_prompts, velocity
+from refine_jax.model import PUBLISHED, ModelConfig, encode_images, encode_prompts, encoded_context, velocity
 from refine_jax.models.layers import init_lora, rotary_frequencies, scale_lora
 from refine_jax.models.mmdit import MMDiTConfig, stack_blocks, unstack_blocks
 from refine_jax.models.qwen_vae import QwenVAE, VAEConfig
@@ -159,13 +159,14 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     cached = data.source == "cache"
     if cached and (config.train_encoder or not config.init_from):
         raise RefineError("data.source 'cache': the encoder must stay as it is; set init_from, and train_encoder=False")
-    if cached and data.get("reference_dropout"):
-        raise RefineError("data.reference_dropout: a cache's tokens were made with the references; set it to 0")
     trained = () if adapter else ("mmdit", "vl") if config.train_encoder else ("mmdit",)
     needed = ("mmdit",) if cached else ("mmdit", "vae", "vl")
     frozen = tuple(name for name in needed if name not in trained)
     source, model = _start(config, trained, model)
     masked = "mask" in model.pictures.read
+    if data.get("reference_dropout") and (cached or not masked):
+        reason = "a cache's tokens were made with the references" if cached else "pairs without a mask have none"
+        raise RefineError(f"data.reference_dropout: {reason}; set it to 0")
     alone = not masked and data.get("text_to_image") == 1  # text to image and nothing else
     if data.source not in (("synth", "records", "cache") if masked else ("world", "records")):
         raise RefineError(f"data.source {data.source!r}: has no pairs for conditioning {model.conditioning!r}")
@@ -176,8 +177,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     boxed = model.boxed(frozen)
 
     def load(shardings: Any) -> Any:
-        if cached and (config.get("pictures") or {}).get("every"):
-            vae()  # for them; read now, while no mesh is in force
+        if cached and pictured:
+            vae()  # read now, while no mesh is in force
         return read(frozen, shardings, config.dtype)
 
     def initial(shardings: Any) -> Any:
@@ -216,19 +217,22 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         return scale_lora(params["lora"], adapter.alpha / adapter.rank) if adapter else {}
 
     buckets = [tuple(bucket) for bucket in data.buckets]
-    held_out = data.get("validation") or data.get("path", "")
-    programs = executables.Store()  # of all pictures that a run shows
+    pictured = (config.get("pictures") or {}).get("every")
+    viewed = data.get("validation") or data.get("path", "")  # what its pictures are of
+    programs = executables.Store()
 
     @functools.cache
     def opened() -> dict[str, cache.Cache]:
         mesh = parallel.make_mesh(dict(config.mesh))
         wanted = cache.made_with(config, model, "")
         del wanted["weights"]
-        paths = (data.path, held_out)
-        for path in paths:
-            cache.fitting_caches(path, wanted)  # what is wrong is said before the encoder is read
+        keys = {data.path: "data.path"}
+        if pictured and viewed != data.path:
+            keys[viewed] = "data.validation"
+        for path, key in keys.items():
+            cache.fitting_caches(path, wanted, key)  # what is wrong is said before the encoder is read
         wanted["weights"] = cache.fingerprint(cache.load_encoders(config, model, mesh, progress=True))
-        return {path: cache.open_cache(path, wanted) for path in paths}
+        return {path: cache.open_cache(path, wanted, key) for path, key in keys.items()}
 
     @functools.cache
     def vae() -> Any:
@@ -334,17 +338,17 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         trees = {**frozen, **{name: params[name] for name in trained}}
         if cached:
             trees["vae"] = vae()
-            return lambda found: validation.painted(model, trees, adapters(params), found, mesh, _SAMPLES)
+            return lambda found: cached_pictures.painted(model, trees, adapters(params), found, mesh, _SAMPLES)
         kind = Refiner if masked else MMDiTRegenerator
         door = kind(model, trees, source.tokenizer(), adapters(params), mesh=mesh, rules=rules, store=programs)
         return door.refine_batch if masked else door.generate_batch if alone else door.regenerate_batch
 
     def samples(count: int) -> list[dict[str, Any]]:
         if cached:
-            rows = cache.rows(opened()[held_out], count)
-            return validation.decoded(model, vae(), rows, parallel.make_mesh(dict(config.mesh)))
+            rows = cache.rows(opened()[viewed], count)
+            return cached_pictures.decoded(model, vae(), rows, parallel.make_mesh(dict(config.mesh)))
         if data.source == "records":
-            found = _record_samples(Dataset(held_out), count)
+            found = _record_samples(Dataset(viewed), count)
             if masked:
                 return found
             return [{name: sample[name] for name in ("image", "prompt", "target")} for sample in found]
@@ -515,10 +519,8 @@ def flow_loss(
     """
     z0 = encoded["target"].astype(jnp.float32)
     k_sigma, k_noise = jax.random.split(key)
-    seen, patch = model.pictures.seen, model.mmdit.patch_size
-    present = [encoded.get(f"has_{name}") for name in seen]
-    latents = [encoded[name].astype(jnp.float32) for name in seen]
-    context = conditioning.image_tokens(z0.shape, latents, present, patch)
+    patch = model.mmdit.patch_size
+    context = encoded_context(model, encoded, z0.shape)
     levels = flow.sample_sigma(k_sigma, (z0.shape[0],), **sigma)
     noise = jax.random.normal(k_noise, z0.shape, jnp.float32)
     x = flow.pack_latents(flow.noise_latents(z0, noise, levels), patch)

@@ -1,6 +1,7 @@
 """Mesh and sharding rules: one table maps the logical axes that parameters declare to mesh axes."""
 
 import functools
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -196,6 +197,20 @@ def fetch(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
+
+
+def check_same(what: str, numbers: Sequence[int]) -> None:
+    """Raises `RefineError` where another process has other numbers (of records that it could read); all call it."""
+    if jax.process_count() == 1:
+        return
+    own = zlib.crc32(np.asarray(numbers, np.int64).tobytes())
+    every = multihost_utils.process_allgather(np.array([own], np.uint32)).reshape(-1)
+    if (every != own).any():
+        other = int(np.flatnonzero(every != own)[0])
+        raise RefineError(
+            f"{what}: process {other} reads other records than process {jax.process_index()}; give all hosts the same "
+            "files, all of them readable"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,7 +1,8 @@
-"""The jitted programs of refinement: from pixels in to pixels out, crop, refine and paste in one.
+"""The MMDiT's sampler, and the jitted programs of refinement around it.
 
-`refine_program` crops, resizes, encodes, denoises, decodes, resizes back, feathers and pastes, over regions that differ
-in picture, size, mask, prompt and presence of a reference.
+`refine_program` goes from pixels in to pixels out: it crops, resizes, encodes, denoises, decodes, resizes back,
+feathers and pastes, over regions that differ in picture, size, mask, prompt and presence of a reference. The programs
+of regeneration (`regenerate_programs`) share `generate`; `encoded_program` starts from what is encoded already.
 """
 
 import dataclasses
@@ -13,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from refine_jax import conditioning, flow, focus, parallel
-from refine_jax.model import ModelConfig, Size, decode_latents, encode_images, encode_prompts, look, velocity
+from refine_jax.model import (
+    ModelConfig,
+    Size,
+    decode_latents,
+    encode_images,
+    encode_prompts,
+    encoded_context,
+    look,
+    velocity,
+)
 
 Array = jax.Array | np.ndarray
 
@@ -197,10 +207,8 @@ def encoded_program(
     inputs: encoded, what `objectives.encode` returns (`target` is not looked at); noise `[B, h, w, C] float32`, sigmas
     `[N + 1] float32`. Of the variables the MMDiT and the VAE are needed.
     """
-    encoded, noise, seen = inputs["encoded"], inputs["noise"], model.pictures.seen
-    present = [encoded.get(f"has_{name}") for name in seen]
-    latents = [encoded[name].astype(jnp.float32) for name in seen]
-    context = conditioning.image_tokens(noise.shape, latents, present, model.mmdit.patch_size)
+    encoded, noise = inputs["encoded"], inputs["noise"]
+    context = encoded_context(model, encoded, noise.shape)
     text = (encoded["text"], encoded["text_mask"])
     _, pictures = denoise(model, variables, lora, noise, inputs["sigmas"], context, *text)
     return pictures.astype(jnp.uint8)

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.linen import meta
 from PIL import Image
 
-from refine_jax import checkpoint, cli, conditioning, flow, loading, objectives, parallel, prompts, validation
+from refine_jax import cached_pictures, checkpoint, cli, conditioning, flow, loading, objectives, parallel, prompts
 from refine_jax.data import cache, cache_build, loader, records
 from refine_jax.errors import RefineError
 from refine_jax.model import decode_latents
@@ -229,6 +229,7 @@ def test_a_killed_build_continues_and_a_second_one_finds_it(made, tmp_path, monk
         (dict(train_encoder=True, lora=None), "keeps its encoder frozen"),
         ({"data.source": "synth"}, "data.source is 'synth'"),
         ({"data.margin_jitter": 0.2}, "data.margin_jitter 0.2"),
+        ({"data.reference_dropout": 0.2}, "data.reference_dropout 0.2"),
         (dict(conditioning="rvr", prompt="rvr-training"), "conditioning 'rvr' trains from records"),
     ],
 )
@@ -273,8 +274,8 @@ def test_samples_of_the_cache_are_what_the_pictures_give(made):
     names = ("mmdit", "vae", "vl")
     variables = source.parameters(model.abstract(names), parallel.param_shardings(model.boxed(names), MESH), "float32")
     with jax.set_mesh(MESH), nn.logical_axis_rules(parallel.make_rules(config.rules)):
-        samples = validation.decoded(model, variables["vae"], [rows[k] for k in wanted], MESH)
-        found = validation.painted(model, variables, {}, samples, MESH, 7)
+        samples = cached_pictures.decoded(model, variables["vae"], [rows[k] for k in wanted], MESH)
+        found = cached_pictures.painted(model, variables, {}, samples, MESH, 7)
     dataset = records.Dataset(made[0].data.path)
     tokenizer = source.tokenizer()
     for number, (k, sample, picture) in enumerate(zip(wanted, samples, found)):
@@ -319,7 +320,10 @@ def test_a_lora_is_trained_from_the_cache(made, tmp_path):
     shapes = objective.batch_shapes()[0]
     assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in shapes.items()}
 
-    config.pictures = dict(every=1, count=3)
+    config.pictures, config.data.validation = dict(every=1, count=3), str(tmp_path / "nothing")
+    with pytest.raises(RefineError, match="data.validation '.*nothing': no finished cache"):
+        objectives.make(config).batches()
+    config.data.validation = str(folder)
     train(config, tmp_path / "cached", progress=False)
     with Image.open(tmp_path / "cached" / "pictures" / "00000001.png") as shown:  # three rows of three pictures
         assert shown.size[1] == 3 * (128 + 4) and len(shown.getcolors(2**24)) > 1000

@@ -438,6 +438,10 @@ def test_batches_resume_and_are_shared_by_hosts(monkeypatch, capsys):
     assert "the samples are others than before" in capsys.readouterr().err
     for iterator in (batches, again):
         iterator.close()
+    config.pictures = dict(every=1, count=1)
+    config.data.sources.rvr.weight = config.data.sources.text_to_image.weight = 0.0
+    with pytest.raises(RefineError, match="pictures: no source"):
+        objectives.make(config).batches()
     # What a run shows: pairs of the source that regenerates, with the prompt as its user said it.
     drawn = config.data.sources.rvr
     for number, sample in enumerate(objective.samples(2)):

@@ -112,24 +112,24 @@ def load_encoders(
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def open_cache(folder: str | os.PathLike, wanted: Mapping[str, Any]) -> Cache:
-    """The cache in `folder`, or the one below it, that was made with `wanted` (`made_with`).
+def open_cache(folder: str | os.PathLike, wanted: Mapping[str, Any], key: str = "data.path") -> Cache:
+    """The cache in `folder`, or the one below it, that was made with `wanted` (`made_with`). key: named in errors.
 
     Raises `RefineError` where there is none, naming how the nearest differs, or where several datasets' are.
     """
-    fitting = fitting_caches(folder, wanted)
+    fitting = fitting_caches(folder, wanted, key)
     if len(fitting) > 1:
         names = ", ".join(str(cache.folder) for cache in fitting)
-        raise RefineError(f"data.path {str(folder)!r}: several caches fit: {names}; name one")
+        raise RefineError(f"{key} {str(folder)!r}: several caches fit: {names}; name one")
     return fitting[0]
 
 
-def fitting_caches(folder: str | os.PathLike, wanted: Mapping[str, Any]) -> list[Cache]:
+def fitting_caches(folder: str | os.PathLike, wanted: Mapping[str, Any], key: str = "data.path") -> list[Cache]:
     """`open_cache`, but all that fit, of which there is one at least. `wanted` may be a part of `made_with`."""
     folder = Path(folder)
     places = [folder] if (folder / MANIFEST).is_file() else sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
     if not places:
-        raise RefineError(f"data.path {str(folder)!r}: no finished cache there; build one with `refine-jax data cache`")
+        raise RefineError(f"{key} {str(folder)!r}: no finished cache there; build one with `refine-jax data cache`")
     found = [Cache(place) for place in places]
     off = [[k for k, v in wanted.items() if c.manifest["recipe"]["model"].get(k) != v] for c in found]
     fitting = [cache for cache, names in zip(found, off) if not names]
@@ -137,7 +137,7 @@ def fitting_caches(folder: str | os.PathLike, wanted: Mapping[str, Any]) -> list
         names = min(off, key=len)
         was = found[off.index(names)].manifest["recipe"]["model"]
         shown = "; ".join(f"{k} was {_short(was.get(k))}, is {_short(wanted[k])}" for k in names)
-        raise RefineError(f"data.path {str(folder)!r}: made with another model or settings ({shown}); build it again")
+        raise RefineError(f"{key} {str(folder)!r}: made with another model or settings ({shown}); build it again")
     return fitting
 
 
@@ -181,7 +181,7 @@ def _row(entry: Mapping[str, np.ndarray], length: int, absent: tuple[int, int]) 
 
 def rows(cache: Cache, count: int) -> list[dict[str, np.ndarray]]:
     """The first entries that can be read, up to `count`, each as a row of `batches` (nothing is dropped)."""
-    length, found = _length(cache), []
+    length, found, numbers = _length(cache), [], []
     for number in range(len(cache)):
         if len(found) == count:
             break
@@ -190,7 +190,9 @@ def rows(cache: Cache, count: int) -> list[dict[str, np.ndarray]]:
         except CorruptRecord:
             continue
         entry.pop("negative", None)
+        numbers.append(number)
         found.append(_row(entry, length, entry["image"].shape[:2]))
+    parallel.check_same(str(cache.folder), numbers)
     return found
 
 

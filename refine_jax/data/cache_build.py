@@ -41,6 +41,8 @@ def build(
         raise RefineError(f"data cache: data.source is {data.source!r}; give 'records' and data.path, a dataset")
     if data.get("margin_jitter"):
         raise RefineError(f"data.margin_jitter {data.margin_jitter}: a cache holds one crop a record; set it to 0")
+    if data.get("reference_dropout"):
+        raise RefineError(f"data.reference_dropout {data.reference_dropout}: a cache keeps all references; set it to 0")
     if jax.process_count() > 1:
         raise RefineError("data cache: runs in one process; start it on one host")
     devices = jax.local_devices()
