@@ -17,10 +17,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference_pipeline import parts_of, save_pipeline, tiny_pipeline
 from safetensors.numpy import load_file, save_file
 
 from refine_jax import checkpoint, flow, loading
@@ -35,6 +33,9 @@ from refine_jax.errors import RefineError
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(pipeline folder, model, its parameters as the mapping makes them from memory)."""
+    import torch
+    from reference_pipeline import parts_of, save_pipeline, tiny_pipeline  # not in the processes that tests start here
+
     folder = tmp_path_factory.mktemp("pipeline")
     pipe = tiny_pipeline(folder / "plain", 30)
     # As published: the MMDiT and the encoder in bfloat16, the VAE in float32.

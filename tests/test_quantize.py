@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from jax.sharding import PartitionSpec
-from reference_pipeline import random_lora, save_pipeline, tiny_pipeline
 
 from refine_jax import checkpoint, loading, parallel
 from refine_jax.convert import lora
@@ -254,6 +253,12 @@ def test_bagels_layers():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """One model in every layout: of PyTorch files, converted (orbax), and as our trainer writes it; and an adapter."""
+    from reference_pipeline import (  # not in the process that a test starts here
+        random_lora,
+        save_pipeline,
+        tiny_pipeline,
+    )
+
     base = tmp_path_factory.mktemp("models")
     pipe = tiny_pipeline(base / "tokenizer", 30)
     save_pipeline(pipe, base / "source")
