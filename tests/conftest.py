@@ -19,3 +19,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tracing makes many objects that live on: looking through them all again and again takes a tenth of its time.
 gc.set_threshold(200_000, 20, 50)
+
+# Tests of whole processes and devices, a minute each: they come first, so that no worker ends with one while the other
+# has nothing left to do.
+_LONG = ("test_parallel", "test_processes", "test_aot", "test_batch")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.module.__name__.rpartition(".")[2] not in _LONG)
