@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax.linen import meta
-from jax.experimental import multihost_utils
 from PIL import Image
 from tqdm import tqdm
 
@@ -155,7 +154,7 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
             else:
                 height, width = model.painted_size((target.height, target.width))
                 found.append(dict(prompt=text, size=(width, height), target=target))
-        parallel.check_same("pictures", numbers)
+        parallel.check_same("pictures", str(numbers))
         return found
 
     return Objective(
@@ -365,7 +364,7 @@ def _batches(
     tokens = functools.lru_cache(maxsize=64)(lambda text: len(encode(text)))
     indices = [source.index(tokens) for source in sources]
     digest = packing.digest(indices)
-    _check_same(digest, names)
+    parallel.check_same(f"data.sources ({', '.join(names)})", digest)  # others would come to another plan
     plan = packing.Packing(
         indices,
         weights,
@@ -392,19 +391,6 @@ def _batches(
     )
     hosts = dict(rows=parallel.own_rows(config.batch_size, dict(config.mesh)), workers=data.workers)
     return packing.PackedBatches(make, config.batch_size, data.get("max_corrupt", 0.01), digest, **hosts)
-
-
-def _check_same(digest: str, names: Sequence[str]) -> None:
-    """Raises `RefineError` where another host found other samples: it would come to another plan."""
-    if jax.process_count() == 1:
-        return
-    every = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
-    other = [k for k, row in enumerate(every) if bytes(row).hex() != digest]
-    if other:
-        raise RefineError(
-            f"data.sources ({', '.join(names)}): process {other[0]} found other samples than process "
-            f"{jax.process_index()}; give all hosts the same files, all of them readable"
-        )
 
 
 # ------------------------------------------------------------------------------------------------------------ the start

@@ -1,7 +1,7 @@
 """Mesh and sharding rules: one table maps the logical axes that parameters declare to mesh axes."""
 
 import functools
-import zlib
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -199,17 +199,16 @@ def fetch(x: Any) -> np.ndarray:
     return np.asarray(x)
 
 
-def check_same(what: str, numbers: Sequence[int]) -> None:
-    """Raises `RefineError` where another process has other numbers (of records that it could read); all call it."""
+def check_same(what: str, found: str) -> None:
+    """Raises `RefineError` where another process found other samples, as `found` spells them; all call it."""
     if jax.process_count() == 1:
         return
-    own = zlib.crc32(np.asarray(numbers, np.int64).tobytes())
-    every = multihost_utils.process_allgather(np.array([own], np.uint32)).reshape(-1)
-    if (every != own).any():
-        other = int(np.flatnonzero(every != own)[0])
+    own = np.frombuffer(hashlib.sha256(found.encode()).digest(), np.uint8)
+    other = np.flatnonzero((multihost_utils.process_allgather(own) != own).any(axis=1))
+    if len(other):
         raise RefineError(
-            f"{what}: process {other} reads other records than process {jax.process_index()}; give all hosts the same "
-            "files, all of them readable"
+            f"{what}: process {other[0]} found other samples than process {jax.process_index()}; give all hosts the "
+            "same files, all of them readable"
         )
 
 

@@ -192,7 +192,7 @@ def rows(cache: Cache, count: int) -> list[dict[str, np.ndarray]]:
         entry.pop("negative", None)
         numbers.append(number)
         found.append(_row(entry, length, entry["image"].shape[:2]))
-    parallel.check_same(str(cache.folder), numbers)
+    parallel.check_same(str(cache.folder), str(numbers))
     return found
 
 
