@@ -94,10 +94,9 @@ esac
     # As srun, which answers SIGTERM with "forcing job termination".
     "srun": r"""
 while [[ $1 == --* ]]; do shift; done
-"$@" &
+(echo "$BASHPID" >"$CLOUD/step"; exec "$@") &  # before anything of it is seen
 child=$!
 trap 'kill -KILL "$child"' TERM
-echo "$child" >"$CLOUD/step"
 while true; do
   code=0
   wait "$child" || code=$?
@@ -565,6 +564,18 @@ def test_slurm_sigterm_saves_and_requeues(cloud, requeues):
         job.send_signal(signal.SIGTERM)
         assert "saved" in job.stdout.read()
     assert job.returncode == (0 if requeues else 75)
+    assert calls(cloud, "scontrol") == [["scontrol", "requeue", "7"]]
+    assert calls(cloud, "scancel") == [["scancel", "--signal=TERM", "7"]]
+
+
+def test_slurm_sigterm_before_the_step_is_known(cloud, place):
+    """The signal may come at any moment of the start: the step is told, and ends with 75 or, not yet listening, 143."""
+    early = (place / "tools" / "srun").read_text().replace("; exec", "; kill -TERM $PPID; exec")
+    (cloud / "srun").write_text(early)
+    (cloud / "srun").chmod(0o755)
+    with batch("bash", "-c", SAVES, PATH=f"{cloud}:{os.environ['PATH']}") as job:
+        job.stdout.read()
+    assert job.returncode == 0
     assert calls(cloud, "scontrol") == [["scontrol", "requeue", "7"]]
     assert calls(cloud, "scancel") == [["scancel", "--signal=TERM", "7"]]
 
