@@ -39,7 +39,7 @@ _MANY_SCORES = 1024 * 1024
 _MANY_SCORES_CPU = 128 * 1024
 # Scores a device that are not held at once, where no kernel takes the arrays (a GPU's float32): 4 GiB.
 _MOST_SCORES = 2**30
-_BLOCK = 256
+_BLOCK = 1024
 _WIDEST_HEAD = 256
 _LARGEST_BIAS = 2**28
 
