@@ -236,14 +236,16 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "evaluate",
         allow_abbrev=False,
-        help="score a model on the held-out samples",
-        description="Refine the held-out samples; write metrics, a table and a contact sheet. Needs the extra 'eval'.",
+        help="score a model on the held-out samples, or results on your own pairs",
+        description="Refine the held-out samples; write metrics, a table and a contact sheet. Needs the extra 'eval'. "
+        "With --set pairs: score what refine-jax batch made of your own pairs.",
     )
     if command == "evaluate":
-        from refine_jax.evaluate import heldout, small_world
+        from refine_jax.evaluate import heldout, pairs, small_world
 
         heldout.add_arguments(evaluate)
         small_world.add_arguments(evaluate)
+        pairs.add_arguments(evaluate)
     return parser
 
 
@@ -416,10 +418,10 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from refine_jax.evaluate import heldout, small_world
+    from refine_jax.evaluate import heldout, pairs, small_world
 
     _keep_programs_of_accelerators()
-    (small_world if args.set == "world" else heldout).run(args)
+    {"heldout": heldout, "world": small_world, "pairs": pairs}[args.set].run(args)
 
 
 def _batch_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:

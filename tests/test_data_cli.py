@@ -7,7 +7,7 @@ import pytest
 import records_toy as toy
 from PIL import Image
 
-from refine_jax import cli
+from refine_jax import cli, manifest
 from refine_jax.data import records, synth
 
 
@@ -158,6 +158,40 @@ def test_import_of_a_folder(source, tmp_path):
     (folder / "target" / "pair2.png").unlink()
     (folder / "image" / "stray.doc").write_text("?")
     assert run("data", "import", folder, "--output", tmp_path / "other", "--quiet") == 2
+
+
+@pytest.mark.parametrize("origin", ["dataset", "pairs.jsonl"])
+def test_export_and_import_give_the_pairs_back(source, tmp_path, capsys, origin):
+    before = toy.write(tmp_path / "before", 7) if origin == "dataset" else None
+    out = tmp_path / "out"
+    words = ("data", "export", before.folder if before else source / origin, "--output", out, "--quiet")
+    (out / "image").mkdir(parents=True)
+    (out / "image" / "000000.png.partial").write_bytes(b"of a killed call")
+    assert run(*words) == 0
+    assert run("data", "import", out / "pairs.jsonl", "--output", tmp_path / "after", "--quiet") == 0
+    after = records.Dataset(tmp_path / "after")
+    assert len(after) == (7 if before else 3)
+    for number in range(len(after)):
+        image, target, mask, reference, text = toy.pair(number if before else number + 1)
+        record = after[number]
+        assert np.array_equal(record.whole_image(), image) and np.array_equal(toy.pixels(record.target), target)
+        if before or number != 1:  # that one was given as a box
+            assert np.array_equal(toy.pixels(record.mask), (mask > 0)[_slices(record.box)])
+        assert record.instruction == text and (record.reference is None) == (reference is None)
+        assert not before or (record.kind, record.licence) == ("toy", "CC0")
+    asked = manifest.Manifest(out / "requests.jsonl")
+    assert not list(manifest.check(asked)) and len(asked) == len(after)
+    assert [request.arguments["prompt"] for request in asked] == [after[k].instruction for k in range(len(after))]
+    assert run(*words) == 2 and "holds an export" in capsys.readouterr().err
+
+
+def test_export_of_some(tmp_path, capsys):
+    toy.write(tmp_path / "set", 9)
+    words = ("data", "export", tmp_path / "set", "--quiet", "--output")
+    assert run(*words, tmp_path / "out", "--count", 3) == 0
+    assert sorted(path.stem for path in (tmp_path / "out" / "image").iterdir()) == ["000000", "000004", "000008"]
+    assert run(*words, tmp_path / "other", "--count", 10) == 2
+    assert "count 10: give 1 to 9" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 def test_names_and_texts_that_no_file_system_or_encoding_takes(source, tmp_path, capsys):

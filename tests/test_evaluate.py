@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from PIL import Image
 
 from refine_jax import checkpoint, cli, images
 from refine_jax.compare import before_after
-from refine_jax.data import assets
+from refine_jax.data import assets, export, writer
 from refine_jax.errors import RefineError
 from refine_jax.evaluate import baselines, heldout, judges, metrics, report
 from refine_jax.evaluate.ceiling import vae_ceiling
@@ -289,6 +290,83 @@ def test_the_table_leaves_out_what_was_not_judged():
     text = report.table({"about": about, "methods": {"copy-input": {"all": summary, "text": summary, "logo": empty}}})
     assert "| copy-input | 5 (4–6) | – | 0 |" in text and "SSIM |" not in text and "## Logos" not in text
     assert report.spread(3, 8) == [0, 1, 2] and report.spread(100, 3) == [0, 50, 99]
+
+
+# -------------------------------------------------------------------------------------------------------- own pairs
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """Six exported pairs of one size, and results: of "perfect" the targets, of "idle" the inputs, one missing."""
+    rng = np.random.default_rng(0)
+
+    def make(number):
+        image, target = rng.integers(0, 256, (2, 48, 64, 3), np.uint8)
+        mask = np.zeros((48, 64), np.uint8)
+        mask[20:30, 20 : 40 + number] = 255
+        image = np.where(mask[..., None] > 0, image, target)
+        return writer.make_record(image, target, mask, f"Refine {number}", kind="ab"[number % 2])
+
+    data = tmp_path / "held"
+    export.export(writer.write_dataset(tmp_path / "set", make, 6, {"kind": "toy"}).folder, data)
+    for name, part in (("perfect", "target"), ("idle", "image")):
+        shutil.copytree(data / part, tmp_path / name / "results")
+    (tmp_path / "idle" / "results" / "000003.png").unlink()
+    return tmp_path
+
+
+def test_results_on_pairs_are_scored(exported, capsys):
+    words = ["--results", f"{exported}/idle", "--results", f"{exported}/perfect", "--output", f"{exported}/scores"]
+    words = ["evaluate", "--set", "pairs", "--data", f"{exported}/held", "--quiet", *words]
+    with Image.open(exported / "perfect" / "results" / "000005.png") as picture:
+        changed = np.array(picture)
+    changed[0, 0] ^= 1  # far from the mask
+    Image.fromarray(changed).save(exported / "perfect" / "results" / "000005.png")
+    assert cli.main(words) == 0
+    assert "idle 1" in capsys.readouterr().out
+    found = json.loads((exported / "scores" / "metrics.json").read_text())
+    assert found["about"]["without_result"] == {"idle": 1, "perfect": 0} and found["about"]["pairs"] == 5
+    copy, idle, perfect = (found["methods"][name] for name in ("copy-input", "idle", "perfect"))
+    assert idle["all"] == copy["all"] and idle["all"]["mse_ratio"] == [1, 1, 1] and idle["all"]["mse"][0] > 1000
+    assert (
+        perfect["all"]["mse"][0] == 0 and perfect["all"]["ssim"][0] == pytest.approx(1) and copy["all"]["seam"][0] > 1
+    )
+    assert perfect["all"]["mse_first"][0] == 0 and perfect["all"]["background"] == 1 and idle["all"]["background"] == 0
+    assert (perfect["a"]["count"], perfect["b"]["count"]) == (3, 2) and perfect["a"]["background"] == 0
+    rows = json.loads((exported / "scores" / "samples.json").read_text())
+    assert [row["name"] for row in rows] == ["000000", "000001", "000002", "000004", "000005"]
+    assert rows[-1]["perfect"]["background"] == 1
+    with Image.open(exported / "scores" / "contact_sheet.png") as sheet:
+        assert sheet.height > 5 * 96
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--results", "idle"], "--data: missing"),
+        (["--data", "held"], "--results: give the output folder"),
+        (["--data", "set", "--results", "idle"], "refine-jax data export"),
+        (["--data", "held", "--results", "set"], "no results there"),
+        (["--data", "held", "--results", "empty"], "has no result of 'held'; run its requests.jsonl"),
+        (["--data", "held", "--results", "idle", "--results", "./idle"], "is there twice"),
+        (["--data", "held", "--results", "idle", "--quick"], "--quick: is not of --set pairs"),
+        (["--data", "held", "--results", "small"], "000000.png: 8x8 pixels, its pair has 64x48"),
+    ],
+)
+def test_pairs_that_cannot_be_scored(exported, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(exported)
+    (exported / "empty" / "results").mkdir(parents=True)
+    (exported / "small" / "results").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save("small/results/000000.png")
+    assert cli.main(["evaluate", "--set", "pairs", "--quiet", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind, option", [("heldout", "--data"), ("world", "--results"), ("heldout", "--initial")])
+def test_options_of_another_set_are_refused(capsys, kind, option):
+    assert cli.main(["evaluate", "--set", kind, option, "x"]) == 2
+    assert f"{option}: is not of --set {kind}" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------- before/after

@@ -348,6 +348,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=8, metavar="N", help="records encoded at once (default: %(default)s)"
     )
 
+    made = command("export", "write pairs as files, and the requests that refine-jax batch takes", shards=False)
+    made.add_argument("source", metavar="SRC", help="dataset, or what import takes")
+    made.add_argument("--count", type=int, metavar="N", help="as many, evenly over the source (default: all)")
+
     made = command("check", "decode every record; print counts, sizes and buckets", writes=False)
     made.add_argument("folder", metavar="DIR", help="dataset")
     made.add_argument("--area", type=int, default=1024 * 1024, metavar="PX", help="of the buckets (default: 1024²)")
@@ -368,6 +372,12 @@ def run(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
         return
     if overrides:
         raise RefineError(f"--config.{next(iter(overrides))}: only for refine-jax train and refine-jax data cache")
+    if args.data_command == "export":
+        from refine_jax.data.export import export
+
+        made = export(args.source, args.output, args.count, progress=not args.quiet)
+        print(f"wrote {args.output} ({made} pairs)")
+        return
     if args.workers < 0:
         raise RefineError(f"--workers {args.workers}: give 0 or more")
     if args.data_command == "check":

@@ -458,7 +458,7 @@ def main(
             checkpoint.write_text(output / "table.md", report.table(results))
             rows = [
                 {"index": s.index, "kind": s.kind, "word": s.word, "degradation": s.degradation}
-                | {"scores": {method: _rounded(values[k]) for method, values in scores.items()}}
+                | {"scores": {method: report.rounded(values[k]) for method, values in scores.items()}}
                 for k, s in enumerate(samples)
             ]
             text = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n"
@@ -469,10 +469,6 @@ def main(
                 sheet = report.contact_sheet([samples[k] for k in chosen], {column: shown[column] for column in order})
                 report.save(sheet, output / "contact_sheet.png")
     return output
-
-
-def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -523,7 +519,9 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the options of `add_arguments` ask."""
+    """Do what the options of `add_arguments` ask. Raises `RefineError` for one that belongs to another set."""
+    if given := [name for name in ("initial", "editing", "data", "results") if getattr(args, name, None)]:
+        raise RefineError(f"--{given[0]}: is not of --set heldout; leave it out")
     if args.write_recipe:
         write_recipe(args.write_recipe)
         print(f"wrote {args.write_recipe}")

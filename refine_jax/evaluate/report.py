@@ -1,5 +1,6 @@
 """Tables and pictures of an evaluation."""
 
+import dataclasses
 import importlib.metadata
 import math
 import os
@@ -45,7 +46,10 @@ def spread(total: int, most: int) -> list[int]:
 _COLUMNS = {
     "mse": ("region MSE", "{:.0f}"),
     "mse_ratio": ("÷ copy-input", "{:.3f}"),
+    "mse_first": ("÷ first", "{:.3f}"),
     "ssim": ("SSIM", "{:.3f}"),
+    "seam": ("seam", "{:.2f}"),
+    "seam_first": ("seam ÷ first", "{:.3f}"),
     "vgg": ("VGG-HED", "{:.3f}"),
     "ocr_exact": ("OCR exact", "{:.0%}"),
     "ocr_cer": ("CER", "{:.3f}"),
@@ -54,6 +58,8 @@ _COLUMNS = {
     "background": ("background", "{:d}"),
 }
 
+# Intervals where a claim is made; elsewhere they would hide the figures.
+_CLAIMS = ("mse", "mse_ratio", "mse_first", "seam_first", "ocr_cer")
 
 _NOTES = """## What is measured
 
@@ -83,12 +89,12 @@ def _cell(value: Any, form: str, interval: bool) -> str:
     return f"{text} ({form.format(value[1])}–{form.format(value[2])})" if interval else text
 
 
-def _rows(methods: Mapping[str, Any], group: str) -> list[str]:
+def rows(methods: Mapping[str, Any], group: str) -> list[str]:
+    """The Markdown table of a group: a line a method, a column a measure that any of them has."""
     present = [m for m in _COLUMNS if any(m in summary[group] for summary in methods.values())]
     lines = ["| method | " + " | ".join(_COLUMNS[m][0] for m in present) + " |", "|---" * (len(present) + 1) + "|"]
     for name, summary in methods.items():
-        # Intervals where a claim is made; elsewhere they would hide the figures.
-        cells = [_cell(summary[group].get(m), _COLUMNS[m][1], m in ("mse", "mse_ratio", "ocr_cer")) for m in present]
+        cells = [_cell(summary[group].get(m), _COLUMNS[m][1], m in _CLAIMS) for m in present]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -107,7 +113,7 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     for group, title in (("all", "Words and logos"), ("text", "Words"), ("logo", "Logos")):
         if next(iter(methods.values()))[group]["count"]:
-            lines += ["", f"## {title}", "", *_rows(methods, group)]
+            lines += ["", f"## {title}", "", *rows(methods, group)]
     if results.get("comparisons"):
         lines += [
             "",
@@ -134,6 +140,18 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a contact sheet says of a sample: three lines of text (the first in black), its crop (x1, y1, x2, y2), its
+    reference `[h, w, 3] uint8`."""
+
+    word: str
+    kind: str
+    degradation: str
+    crop: tuple[int, int, int, int]
+    reference: np.ndarray | None
+
+
 def _fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """`picture` scaled to fit into `size` (width, height)."""
     scale = min(size[0] / picture.width, size[1] / picture.height)
@@ -144,10 +162,11 @@ def _fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 def contact_sheet(
     samples: Sequence[Any], columns: Mapping[str, Sequence[np.ndarray]], cell: tuple[int, int] = (200, 96)
 ) -> Image.Image:
-    """Crops of `samples` (`heldout.Sample`), one row each: a column for each of `columns` (title -> pictures), then the
-    reference. Words stand beside wide crops; `cell` is (width, height)."""
+    """Crops of `samples` (`heldout.Sample`, `Row`), one row each: a column for each of `columns` (title -> pictures),
+    then the reference, if any has one. Words stand beside wide crops; `cell` is (width, height)."""
     gap, head, label = 6, 26, 118
-    titles = [*columns, "reference"]
+    shown = any(sample.reference is not None for sample in samples)
+    titles = [*columns, *["reference"] * shown]
     width = label + len(titles) * (cell[0] + gap) + gap
     sheet = Image.new("RGB", (width, head + len(samples) * (cell[1] + gap) + gap), "white")
     draw = ImageDraw.Draw(sheet)
@@ -167,12 +186,17 @@ def contact_sheet(
             pictures[r][sample.crop[1] : sample.crop[3], sample.crop[0] : sample.crop[2]]
             for pictures in columns.values()
         ]
-        for c, picture in enumerate([*pictures, sample.reference]):
+        for c, picture in enumerate([*pictures, *[sample.reference] * (sample.reference is not None)]):
             whole = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
             fitted = _fit(Image.fromarray(np.ascontiguousarray(whole)), cell)
             left = label + gap + c * (cell[0] + gap)
             sheet.paste(fitted, (left + (cell[0] - fitted.width) // 2, top + (cell[1] - fitted.height) // 2))
     return sheet
+
+
+def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A sample's scores with six digits."""
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
 
 
 def save(image: Image.Image, path: str | os.PathLike) -> None:

@@ -124,9 +124,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this evaluation besides those of `heldout`; `run` takes what they parse to."""
     parser.add_argument(
         "--set",
-        choices=("heldout", "world"),
+        choices=("heldout", "world", "pairs"),
         default="heldout",
-        help="refined words and logos, or pictures of the small world (default: %(default)s)",
+        help="refined words and logos, pictures of the small world, or results of refine-jax batch on your own pairs"
+        " (default: %(default)s)",
     )
     world_only = parser.add_argument_group("--set world")
     world_only.add_argument("--rounds", metavar="N", type=int, default=3, help="of regeneration (default: %(default)s)")
@@ -137,9 +138,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Do what the options ask. Raises `RefineError` for one that belongs to the other set."""
-    foreign = ("write_recipe", "vae_only", "quick", "margin")
+    foreign = ("write_recipe", "vae_only", "quick", "margin", "data", "results")
     if given := [name for name in foreign if getattr(args, name)]:
-        raise RefineError(f"--{given[0].replace('_', '-')}: is of --set heldout; leave it out")
+        raise RefineError(f"--{given[0].replace('_', '-')}: is not of --set world; leave it out")
     folder = main(
         args.model,
         "world" if args.output is None else args.output,
