@@ -148,15 +148,16 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
         help="PyTorch files to a model folder, and LoRA files from one dialect to another",
         description="Convert a pipeline folder of diffusers, or a BAGEL or RvR folder, to a model folder; a killed "
-        "conversion continues. A BAGEL or RvR model folder is written back with --dialect bagel. A file of LoRA "
-        "weights is rewritten in another dialect.",
+        "conversion continues. A BAGEL or RvR model folder is written back with --dialect bagel, the MMDiT of any "
+        "other with --dialect diffusers. A file of LoRA weights is rewritten in another dialect.",
     )
     convert.add_argument("source", metavar="SRC", help="folder of PyTorch files, model folder, or LoRA weights")
     convert.add_argument("target", metavar="DST", nargs="?", help="folder, or .safetensors file, to write")
     convert.add_argument(
         "--dialect",
-        choices=("peft", "comfyui", "bagel"),
-        help="of the LoRA file to write (default: peft); bagel: SRC is a model folder, DST gets the released layout",
+        choices=("peft", "comfyui", "bagel", "diffusers"),
+        help="of the LoRA file to write (default: peft); bagel: SRC is a model folder, DST gets the released layout; "
+        "diffusers: SRC is a model folder, DST gets its transformer",
     )
     convert.add_argument(
         "--weights", metavar="ema|rvr", help="which weights of a BAGEL folder, or how to call those that are written"
@@ -288,6 +289,7 @@ def _refine(args: argparse.Namespace) -> None:
         scheduler=args.scheduler,
         quantize=args.quantize,
         progress=not args.quiet and args.model != "tiny",
+        later=True,
     )
     result = refiner.refine(
         image,
@@ -348,6 +350,7 @@ def _regenerate(args: argparse.Namespace) -> None:
         lora=[weighted_file(text) for text in args.lora],
         quantize=args.quantize,
         progress=not args.quiet,
+        later=True,
     )
     names = ("steps", "text_cfg", "renorm", "shift", "seed")
     settings = {name: getattr(args, name) for name in names} | {"progress": not args.quiet}
@@ -382,20 +385,36 @@ def _convert(args: argparse.Namespace) -> None:
     if args.inspect == bool(args.target):
         raise RefineError("convert: give DST, or --inspect")
     if args.inspect:
-        print(convert.inspect(args.source, args.weights))
+        from refine_jax import loading
+
+        model = loading.read_config(args.model) if args.model else None
+        print(convert.inspect(args.source, args.weights, model))
         return
-    if args.dialect == "bagel":
+    of_lora = args.dialect in ("peft", "comfyui")
+    if args.dialect == "diffusers" and args.weights:
+        raise RefineError("--weights: is of BAGEL; leave it out with --dialect diffusers")
+    if args.dialect and not of_lora:
         from refine_jax.convert import export
 
-        written = export.export_bagel(args.source, args.target, weights=args.weights, progress=not args.quiet)
+        if args.model:
+            raise RefineError(f"--model: is of LoRA files; leave it out with --dialect {args.dialect}")
+        if args.dialect == "bagel":
+            written = export.export_bagel(args.source, args.target, weights=args.weights, progress=not args.quiet)
+        else:
+            written = export.export_diffusers(args.source, args.target, progress=not args.quiet)
         print(f"wrote {written}")
         return
     if convert.is_lora(args.source):
+        if args.weights:
+            raise RefineError(f"--weights: {args.source} is a LoRA file; leave it out")
         from refine_jax import loading
 
         model = loading.read_config(args.model) if args.model else None
         print(f"wrote {convert.convert_lora(args.source, args.target, args.dialect or 'peft', model)}")
         return
+    if of_lora or args.model:
+        name = "--model" if args.model else f"--dialect {args.dialect}"
+        raise RefineError(f"{name}: is of LoRA files, and {args.source!r} is none; leave it out")
     print(f"wrote {convert.convert(args.source, args.target, weights=args.weights, progress=not args.quiet)}")
 
 

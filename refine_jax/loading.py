@@ -1,5 +1,6 @@
 """One door to weights: "tiny", a model folder, a folder of PyTorch files (a pipeline, BAGEL, RvR), or a hub name."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -137,6 +138,10 @@ class Source:
     foreign: bool
     _files: Folder | None
 
+    def to_train(self) -> Model:
+        """The configuration, sampled as `load` has it sampled: what is trained goes on so, in pictures and folders."""
+        return _released(self.config) if self.foreign and isinstance(self.config, ModelConfig) else self.config
+
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         if self._files is not None:
@@ -266,6 +271,12 @@ def resolve(model: str | os.PathLike) -> Path:
             f"model {model!r}: this installation holds no bundled model; train it ({bundled[1]}) and give the folder"
             " that the run wrote, WORKDIR/model"
         )
+    with contextlib.suppress(OSError, ValueError):
+        if folder.is_file():
+            raise RefineError(
+                f"model {str(model)!r}: is a file; give 'tiny', the folder of a model or of a diffusers pipeline, or"
+                " owner/name (a LoRA is given beside a model, as lora)"
+            )
     if not isinstance(model, str) or not _HUB_NAME.fullmatch(model):
         raise RefineError(f"model {str(model)!r}: no such model; give 'tiny', the folder of a model, or owner/name")
     from huggingface_hub import snapshot_download
@@ -290,13 +301,18 @@ def weighted_file(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _adapters(given: LoraLike | Sequence[LoraLike]) -> list[tuple[Path, float]]:
-    """One adapter or several, each with its weight."""
+def _adapters(given: LoraLike | Sequence[LoraLike] | None) -> list[tuple[Path, float]]:
+    """None, one adapter or several, each with its weight."""
+    if given is None:
+        return []
     single = isinstance(given, (str, os.PathLike))
     single |= isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], (int, float))
     found = []
     for item in [given] if single else given:
-        path, weight = item if isinstance(item, tuple) else (item, 1.0)
+        pair = isinstance(item, (tuple, list)) and len(item) == 2
+        path, weight = item if pair else (item, 1.0)
+        if not isinstance(path, (str, os.PathLike)):
+            raise RefineError(f"lora {item!r}: give a file, a pair (file, weight), or a list of these")
         if not isinstance(weight, (int, float)) or not np.isfinite(weight):
             raise RefineError(f"lora {str(path)!r}: weight {weight!r}, give a finite number")
         found.append((Path(path), float(weight)))
@@ -358,13 +374,18 @@ def _sampling(
 ) -> ModelConfig:
     """The sampler's defaults: RefineAnything's for a foreign checkpoint, and a Lightning adapter's few steps."""
     if released:
-        config = dataclasses.replace(
-            config, scheduler=flow.SCHEDULERS["refineanything"], steps=28, true_cfg_scale=4.0, negative_prompt=" "
-        )
+        config = _released(config)
     for path, adapter in zip(paths, adapters):
         if steps := lora.lightning_steps(adapter, path.name):
             config = dataclasses.replace(config, steps=steps, true_cfg_scale=1.0)
     return config
+
+
+def _released(config: ModelConfig) -> ModelConfig:
+    """With the sampler of the released RefineAnything code."""
+    return dataclasses.replace(
+        config, scheduler=flow.SCHEDULERS["refineanything"], steps=28, true_cfg_scale=4.0, negative_prompt=" "
+    )
 
 
 def _by_kernel(extra: Mapping[str, Any], abstract: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -415,7 +415,7 @@ def _start(
         if config.get("model"):
             raise RefineError("init_from and model are both set; leave one empty")
         source = None if model else loading.open_model(config.init_from)
-        found = model or source.config
+        found = model or source.to_train()
         if not isinstance(found, ModelConfig):
             raise RefineError(
                 f"init_from {config.init_from!r}: is a BAGEL or RvR model; train it with objective 'bagel'"

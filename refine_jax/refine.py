@@ -406,7 +406,7 @@ class Refiner(serving.Door):
         """
         base: _Base = bucket.base
         height, width, length, *room = bucket.sizes
-        spec = Spec(base.crop, base.views, base.style, progress.step if progress else None)
+        spec = Spec(base.crop, base.views, base.style)
         size = self.rows_of(len(rows))
         padded = [*rows, *[rows[0]] * (size - len(rows))]
         real = np.arange(size) < len(rows)
@@ -429,12 +429,7 @@ class Refiner(serving.Door):
             if room[0]:
                 inputs["reference"] = self._references(padded, tuple(room))
                 inputs["has_reference"] = np.array([row.reference is not None for row in padded])
-            arguments = (self.weights, self.lora, inputs)
-            if progress:
-                refined = refine_program(self.variables, self.lora, inputs, model=self.model, spec=spec)
-                jax.block_until_ready(refined)
-            else:
-                refined = self.programs.call(refine_program, *arguments, model=self.model, spec=spec)
+            refined = self.sample(refine_program, inputs, spec, progress)
         return refined.pictures, refined.crops if any(row.several for row in rows) else None
 
     @property

@@ -337,8 +337,6 @@ class Regenerator(serving.Door):
         }
         grid = self.model.grid(spec.size)
         shape = (grid[0] * grid[1], self.model.bagel.latent_dim)
-        if progress:
-            spec = dataclasses.replace(spec, report=progress.step)
         with self.placed():
             pictures, marks = None, bagel.Marks.of(self.tokenizer)
             if spec.seen is not None:
@@ -351,13 +349,8 @@ class Regenerator(serving.Door):
                     inputs["pictures"] = pictures
                     inputs["keys"] = jnp.stack([_key(row.seed, number, 1) for row in padded])
                 inputs["noise"] = self._noise(padded, number, shape)
-                static = dict(model=self.model, marks=marks, spec=spec)
-                if not progress:
-                    pictures = self.programs.call(bagel_program, self.weights, self.lora, inputs, **static).pictures
-                    continue
-                with progress.show(spec.steps - 1):
-                    pictures = bagel_program(self.variables, self.lora, inputs, **static).pictures
-                    pictures.block_until_ready()
+                with progress.show(spec.steps - 1) if progress else contextlib.nullcontext():
+                    pictures = self.sample(bagel_program, inputs, spec, progress, marks=marks).pictures
         return pictures
 
     @staticmethod
@@ -447,12 +440,7 @@ class MMDiTRegenerator(Regenerator):
         shape = (*grid, self.model.vae.z_dim)
         with self.placed(), progress.show(steps) if progress else contextlib.nullcontext():
             inputs["noise"] = jnp.stack([self._noise(padded, number, shape) for number in range(rounds)])
-            if not progress:
-                arguments = (self.weights, self.lora, inputs)
-                return self.programs.call(mmdit_program, *arguments, model=self.model, spec=spec).pictures
-            spec = dataclasses.replace(spec, report=progress.step)
-            made = mmdit_program(self.variables, self.lora, inputs, model=self.model, spec=spec)
-            return jax.block_until_ready(made).pictures
+            return self.sample(mmdit_program, inputs, spec, progress).pictures
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers

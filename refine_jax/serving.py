@@ -130,6 +130,18 @@ class Door:
                 stack.enter_context(nn.logical_axis_rules(self._rules))
             yield
 
+    def sample(self, program: Any, inputs: Any, spec: Any, progress: Progress | None, **static: Any) -> Any:
+        """`program`, one with a sampler inside and a `report` in its spec, on the weights and `inputs`; in the mesh."""
+        static |= dict(model=self.model)
+        if progress and progress.counts:
+            spec = dataclasses.replace(spec, report=progress.step)
+            return jax.block_until_ready(program(self.variables, self.lora, inputs, spec=spec, **static))
+        made = self.programs.call(program, self.weights, self.lora, inputs, spec=spec, **static)
+        if progress:
+            progress.compiled()
+            jax.block_until_ready(made)
+        return made
+
     def run(self, jobs: Sequence[Job], progress: bool = False) -> list[Image.Image]:
         """All jobs, batch after batch; pictures in the order of the jobs."""
         groups: dict[Any, list[tuple[int, int]]] = {}

@@ -17,14 +17,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore
+import toy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from refine_jax import checkpoint, flow, loading
+from refine_jax import checkpoint, flow, loading, objectives, parallel
 from refine_jax.cli import main
 from refine_jax.convert import convert as converter
-from refine_jax.convert import lora, reader, writer
+from refine_jax.convert import export, lora, reader, writer
 from refine_jax.convert.convert import convert
 from refine_jax.convert.diffusers_folder import from_tensors, model_config
 from refine_jax.errors import RefineError
@@ -95,6 +96,64 @@ def test_the_manifest_is_readable_and_names_its_sources(made, converted):
     for name, digest in manifest["source"]["sha256"].items():
         assert hashlib.sha256((source / name).read_bytes()).hexdigest() == digest
     assert manifest["scheduler"]["max_shift"] == pytest.approx(np.log(3))
+
+
+@pytest.mark.parametrize("shard", [None, 20_000])
+def test_the_transformer_goes_back_to_diffusers(made, converted, tmp_path, shard):
+    """What `convert` read comes back, bit by bit, with the architecture, and diffusers loads it."""
+    import torch
+    from diffusers import QwenImageTransformer2DModel
+
+    target = tmp_path / "transformer"
+    if shard:
+        export.export_diffusers(converted, target, shard=shard)
+    else:
+        assert main(["convert", str(converted), str(target), "--dialect", "diffusers", "--quiet"]) == 0
+    assert (len(list(target.glob("*.safetensors"))) > 1) == bool(shard) == (target / INDEX).is_file()
+    load = partial(QwenImageTransformer2DModel.from_pretrained, torch_dtype=torch.bfloat16, low_cpu_mem_usage=False)
+    back, before = load(target), load(made[0], subfolder="transformer")
+    tensors = before.state_dict()
+    assert tensors.keys() == back.state_dict().keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in back.state_dict().items())
+    assert all(back.config[name] == value for name, value in before.config.items() if not name.startswith("_"))
+    again = {name: load_file(file) for file in target.glob("*.safetensors") for name in [file.name]}
+    assert {value.dtype.name for held in again.values() for value in held.values()} == {"bfloat16"}
+
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def test_what_cannot_go_back_to_diffusers(made, converted, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    for words, text in (
+        ([converted, tmp_path / "there"], "exists"),
+        ([made[0], tmp_path / "x"], "refine_jax.json"),
+        ([converted, tmp_path / "x", "--weights", "ema"], "--weights: is of BAGEL"),
+        ([converted, tmp_path / "x", "--model", "tiny"], "--model: is of LoRA files"),
+    ):
+        assert main(["convert", *map(str, words), "--dialect", "diffusers", "--quiet"]) == 2
+        assert text in capsys.readouterr().err and not (tmp_path / "x").exists()
+    for words, text in (
+        (["--dialect", "comfyui"], "--dialect comfyui: is of LoRA files"),
+        (["--model", "tiny"], "--model: is of LoRA files"),
+    ):
+        assert main(["convert", str(made[0]), str(tmp_path / "x"), *words]) == 2
+        assert text in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_what_is_trained_of_it_is_sampled_alike(made, tmp_path):
+    """A full fine-tuning of a foreign model keeps the sampler that the model has here."""
+    config = toy.refine_config("")
+    config.init_from, config.model, config.train_encoder, config.ema_decay = str(made[0]), {}, False, 0.0
+    objective = objectives.make(config)
+    boxed = {"params": jax.eval_shape(objective.init, jax.random.key(0)), "frozen": objective.frozen}
+    placed = {name: parallel.param_shardings(tree, None) for name, tree in boxed.items()}
+    objective.export(objective.initial(placed["params"]), objective.load(placed["frozen"]), tmp_path / "tuned")
+    settings = ("scheduler", "steps", "true_cfg_scale", "negative_prompt")
+    base, tuned = (loading.load(folder).config for folder in (made[0], tmp_path / "tuned"))
+    assert [getattr(tuned, name) for name in settings] == [getattr(base, name) for name in settings]
+    assert tuned.scheduler == flow.SCHEDULERS["refineanything"]
+    assert [getattr(objective.model, name) for name in settings] == [getattr(base, name) for name in settings]
 
 
 def test_sampler_defaults_follow_the_checkpoint_or_the_released_code(made, converted, tmp_path):

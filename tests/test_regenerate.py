@@ -532,6 +532,17 @@ def test_a_prompt_of_ten_thousand_characters(carriers, tmp_path, monkeypatch, ca
         assert "prompt too long" in said and said.count("\n") == 1 and not (tmp_path / "regenerated.png").exists()
 
 
+def test_where_compiling_takes_minutes_progress_takes_no_program_of_its_own(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        shown = Regenerator(door().model, door().variables, door().tokenizer)
+    request = dict(image=photo("a", (60, 90)), prompt="two red cups", seed=1)
+    once, compiled = shown.regenerate(**request), shown.programs.counts.compiled
+    assert once.tobytes() == shown.regenerate(**request, progress=True).tobytes()
+    assert shown.programs.counts.compiled == compiled > 0
+    assert f"denoising, {door().model.steps - 1} steps" in capsys.readouterr().err
+
+
 def test_a_model_that_is_shown_latents_too():
     model = dataclasses.replace(door().model, conditioning="rvr_vae")
     shown = Regenerator(model, door().variables, door().tokenizer)

@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from refine_jax import checkpoint
+from refine_jax.bagel import BagelModel
 from refine_jax.convert import bagel_folder, diffusers_folder, lora, reader
 from refine_jax.convert.folders import open_folder
 from refine_jax.convert.mapping import Transform
@@ -267,7 +268,10 @@ def _read_plan(aside: Path) -> Any:
 
 
 def convert_lora(
-    source: str | os.PathLike, target: str | os.PathLike, dialect: str = "peft", model: ModelConfig | None = None
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    dialect: str = "peft",
+    model: ModelConfig | BagelModel | None = None,
 ) -> Path:
     """Rewrite LoRA weights, in any dialect that `lora.read_adapter` knows, as "peft" or "comfyui".
 
@@ -295,17 +299,19 @@ def is_lora(source: str | os.PathLike) -> bool:
     )
 
 
-def inspect(source: str | os.PathLike, weights: str | None = None) -> str:
+def inspect(
+    source: str | os.PathLike, weights: str | None = None, model: ModelConfig | BagelModel | None = None
+) -> str:
     """What a folder or a file holds, as text: nothing is written.
 
     Headers are read and, of tensors, BAGEL's position tables, which must be those that we compute. source: a pipeline
-    folder, a BAGEL or RvR folder, a model folder of refine_jax, or a file (folder) of LoRA weights for the published
-    model.
+    folder, a BAGEL or RvR folder, a model folder of refine_jax, or a file (folder) of LoRA weights for `model`, by
+    default the published Qwen-Image-Edit.
     """
     source = Path(source)
     lines = [f"{source}"]
     if is_lora(source):
-        adapter = lora.read_adapter(source, ModelConfig().abstract())
+        adapter = lora.read_adapter(source, (model or ModelConfig()).abstract())
         lines.append(f"  LoRA weights, named as {' and '.join(adapter.dialects)} does")
         for name, ranks in adapter.ranks.items():
             lines.append(f"  {name}: rank {', '.join(map(str, sorted(set(ranks))))} in {len(ranks)} blocks")

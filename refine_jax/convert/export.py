@@ -1,4 +1,4 @@
-"""A BAGEL or RvR model folder of ours -> the layout in which the authors release theirs, for their programs.
+"""Model folders of ours for other programs: BAGEL and RvR as their authors release them, the MMDiT as diffusers does.
 
 Tensors go one by one from the store to the files, in the order and with the header of the safetensors library: what
 `convert` read and nobody changed comes back byte for byte.
@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +25,15 @@ from refine_jax.bagel import BagelModel, Marks
 from refine_jax.convert import keys_bagel, reader
 from refine_jax.convert.bagel_folder import LLM, MODEL, VAE, VIT, WEIGHTS
 from refine_jax.convert.keys_flux_vae import FLUX_VAE_TABLE
+from refine_jax.convert.keys_mmdit import TABLE as MMDIT_TABLE
 from refine_jax.convert.mapping import Transform, places
 from refine_jax.convert.writer import copy_into, sync, wait
 from refine_jax.errors import RefineError, listed
+from refine_jax.model import ModelConfig
+from refine_jax.models.mmdit import MMDiTConfig
 
 _SLAB = 128 << 20  # bytes of a tensor in memory at once, where its transform allows
+_SHARD = 10 * 10**9  # diffusers' own
 _AHEAD = 2  # slabs that are read before they are written
 # The library writes tensors by dtype, in this order, and then by name.
 _ORDER = ("F64", "F32", "BF16", "F16")
@@ -93,34 +97,54 @@ def export_bagel(
         kind = kinds.get(key) if kinds.get(key) in _NAMES else stored["bagel"]["embed_tokens"].dtype
         entries["bagel"][key] = _table(table.astype(jnp.dtype(kind)))
     files = {f"{name}.safetensors": entries["bagel"], VAE: entries["vae"]}
+    copies = [path for path in sorted((source / "tokenizer").iterdir()) if path.is_file()]
+    return _write_folder(target, files, configs(model), copies, progress)
 
-    aside = target.with_name(target.name + ".partial")
-    total = sum(entry.nbytes for held in files.values() for entry in held.values())
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        free = shutil.disk_usage(aside).free
-        if free < total * 1.02:
-            raise RefineError(f"{aside}: {total / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; make room")
-        for path in sorted((source / "tokenizer").iterdir()):
-            if path.is_file():
-                shutil.copyfile(path, aside / path.name)
-        for file, config in configs(model).items():
-            (aside / file).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        with tqdm(total=total, unit="B", unit_scale=True, desc="exporting", disable=not progress) as bar:
-            for file, held in files.items():
-                _write(aside / file, held, bar)
-        sync(aside)
-        os.replace(aside, target)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise RefineError(
-            f"{aside}: cannot be written ({error.strerror or error}); make room, or give another"
-        ) from None
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return target
+
+def export_diffusers(
+    source: str | os.PathLike, target: str | os.PathLike, *, progress: bool = False, shard: int = _SHARD
+) -> Path:
+    """Write the MMDiT of a model folder as diffusers' `QwenImageTransformer2DModel.save_pretrained` does; returns the
+    new folder, which that class's `from_pretrained` loads, and which may stand for a pipeline's `transformer/`.
+
+    source: a folder that `convert` or the trainer wrote; its VAE and encoder are those of the pipeline that it came
+    from, or have no counterpart there, and are not written. Weights keep their dtype. shard: most bytes of a file of
+    several tensors. Raises `RefineError` as `export_bagel` does.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists():
+        raise RefineError(f"{target}: exists; give another folder, or remove it first")
+    manifest = checkpoint.read_manifest(source)
+    if "mmdit" not in manifest:
+        raise RefineError(f"{source}: holds no MMDiT; a BAGEL or RvR model is written with --dialect bagel")
+    model = ModelConfig.from_manifest(manifest)
+    abstract = model.abstract(("mmdit",))["mmdit"]
+    entries = _entries(places(MMDIT_TABLE, abstract), _store(source, "mmdit", abstract))
+    shards: list[dict[str, _Entry]] = [{}]
+    for key, entry in entries.items():
+        if shards[-1] and sum(held.nbytes for held in shards[-1].values()) + entry.nbytes > shard:
+            shards.append({})
+        shards[-1][key] = entry
+    name = "diffusion_pytorch_model"
+    names = [f"{name}-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
+    texts = {"config.json": transformer_config(model.mmdit)}
+    if len(shards) == 1:
+        names = [f"{name}.safetensors"]
+    else:
+        total = sum(entry.nbytes for entry in entries.values())
+        where = {key: file for file, held in zip(names, shards) for key in held}
+        texts[f"{name}.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": where}
+    return _write_folder(target, dict(zip(names, shards)), texts, (), progress, {"format": "pt"})
+
+
+def transformer_config(mmdit: MMDiTConfig) -> dict[str, Any]:
+    """`config.json` of diffusers' transformer; `MMDiTConfig.from_dict` makes the same architecture of it."""
+    names = ("patch_size", "in_channels", "out_channels", "num_layers", "attention_head_dim", "num_attention_heads")
+    config: dict[str, Any] = {"_class_name": "QwenImageTransformer2DModel"}
+    config |= {name: getattr(mmdit, name) for name in (*names, "joint_attention_dim")}
+    config |= {"axes_dims_rope": list(mmdit.axes_dims_rope), "guidance_embeds": False}
+    # Versions of diffusers from before Edit-2511 do not know the field.
+    return config | ({"zero_cond_t": True} if mmdit.zero_cond_t else {})
 
 
 def configs(model: BagelModel) -> dict[str, dict[str, Any]]:
@@ -265,11 +289,49 @@ def _table(table: np.ndarray) -> _Entry:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _write(path: Path, entries: Mapping[str, _Entry], bar: tqdm) -> None:
+def _write_folder(
+    target: Path,
+    files: Mapping[str, Mapping[str, _Entry]],
+    texts: Mapping[str, Mapping[str, Any]],
+    copies: Iterable[Path],
+    progress: bool,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write safetensors files, JSON files and copies aside, then rename the folder."""
+    aside = target.with_name(target.name + ".partial")
+    total = sum(entry.nbytes for held in files.values() for entry in held.values())
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        free = shutil.disk_usage(aside).free
+        if free < total * 1.02:
+            raise RefineError(f"{aside}: {total / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; make room")
+        for path in copies:
+            shutil.copyfile(path, aside / path.name)
+        for file, config in texts.items():
+            (aside / file).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with tqdm(total=total, unit="B", unit_scale=True, desc="exporting", disable=not progress) as bar:
+            for file, held in files.items():
+                _write(aside / file, held, bar, metadata)
+        sync(aside)
+        os.replace(aside, target)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise RefineError(
+            f"{aside}: cannot be written ({error.strerror or error}); make room, or give another"
+        ) from None
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return target
+
+
+def _write(path: Path, entries: Mapping[str, _Entry], bar: tqdm, metadata: Mapping[str, str] | None) -> None:
     """A safetensors file, tensor by tensor."""
     kind = lambda key: _NAMES[str(entries[key].dtype)]
     keys = sorted(entries, key=lambda key: (_ORDER.index(kind(key)), key))
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for key in keys:
         entry = entries[key]
         offsets = [offset, offset + entry.nbytes]

@@ -185,8 +185,11 @@ class _Problems(dict[str, list[str]]):
             raise RefineError(f"{file}: not a LoRA that fits this model ({'; '.join(parts)}); give one made for it")
 
 
+_UNKNOWN = "unknown keys"
+
+
 def _unknown(key: str) -> str:
-    return next((kind for kind, pattern in _FOREIGN.items() if re.search(pattern, key)), "unknown keys")
+    return next((kind for kind, pattern in _FOREIGN.items() if re.search(pattern, key)), _UNKNOWN)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -227,10 +230,16 @@ def _find(path: str | os.PathLike) -> Path:
 
 
 def _read(file: Path, stored: Any, spellings: Mapping[str, tuple[_Module, str | None]]) -> Adapter:
+    names = list(stored.keys())
+    if names and not any(_SUFFIX.fullmatch(key) or _unknown(key) != _UNKNOWN for key in names):
+        raise RefineError(
+            f"{file}: holds {len(names)} tensors, such as {listed(names[:1])}, and none of a LoRA; give a LoRA (whole"
+            " weights load from the folder of a diffusers pipeline)"
+        )
     problems = _Problems()
     parts: dict[_Module, dict[str, str]] = {}  # module -> "a", "b", "alpha" -> key
     dialects = set()
-    for key in stored.keys():
+    for key in names:
         found = _SUFFIX.fullmatch(key)
         module, dialect = spellings.get(found and (found["module"] or found["of"]), (None, None))
         if module is None:
