@@ -248,7 +248,8 @@ def read_mask(source: ImageLike, size: tuple[int, int], name: str = "mask") -> n
     sheet is the region, in whatever colour. Of arrays `[H, W]` every dtype counts, zero or not.
 
     A mask lies on the upright picture: one of another size is resized to the nearest pixel, and only its own EXIF
-    rotation is applied to it. Raises `RefineError` when nothing is marked.
+    rotation is applied to it. Raises `RefineError` when nothing is marked, and for a mask of another shape
+    (`check_mask_size`).
     """
     if isinstance(source, np.ndarray) and source.ndim == 2 and source.dtype != np.uint8:
         if source.dtype.kind not in "biuf" or not np.isfinite(source).all():
@@ -261,6 +262,7 @@ def read_mask(source: ImageLike, size: tuple[int, int], name: str = "mask") -> n
     if not mask.any():
         raise RefineError(f"{name}: the mask is empty; paint the region to refine in white")
     if image.size != size:
+        check_mask_size(image.size, size, name)
         mask = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
         if not mask.any():
             raise RefineError(
@@ -269,6 +271,20 @@ def read_mask(source: ImageLike, size: tuple[int, int], name: str = "mask") -> n
             )
     most = int(mask.max())
     return mask if most == 255 else ((mask.astype(np.uint16) * 255 + most - 1) // most).astype(np.uint8)
+
+
+def check_mask_size(mask: tuple[int, int], picture: tuple[int, int], name: str = "mask") -> None:
+    """Raise `RefineError` where a mask of size (width, height) is not the upright picture's, enlarged or reduced:
+    stretched, by more than a fiftieth and a pixel, it would mark another place."""
+    (width, height), (wanted_width, wanted_height) = mask, picture
+    across, down = width / wanted_width, height / wanted_height
+    pixel = abs(width - wanted_width * down) <= 1 or abs(height - wanted_height * across) <= 1
+    if pixel or abs(across - down) <= 0.02 * max(across, down):
+        return
+    remedy = "paint it on the picture as it is shown"
+    if mask == picture[::-1]:
+        remedy = "it lies on the picture before its EXIF rotation, turn it as that says"
+    raise RefineError(f"{name}: {width}x{height} pixels, the picture has {wanted_width}x{wanted_height}; {remedy}")
 
 
 def _scaled_grey(image: Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ TEXT_CFG = IMAGE_CFG = (0.0, 1e3)
 RENORM_MIN = (0.0, 1.0)
 SHIFT = (0.01, 1e3)
 TIME = (0.0, 1.0)
+ASPECT = (1 / 16, 16.0)  # width / height of a crop
 RENORMS = ("text_channel", "channel", "global")
 FEATHERS = ("released", "paper")
 
@@ -25,6 +26,13 @@ def whole(name: str, value: Any, bounds: tuple[int, int]) -> int:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= value <= high:
         raise RefineError(f"{name} {value!r}: give a whole number from {low} to {high}")
     return int(value)
+
+
+def interval(name: str, low: float, high: float) -> tuple[float, float]:
+    """(low, high). Raises `RefineError` where they are the other way round, which would be no time at all."""
+    if low > high:
+        raise RefineError(f"{name} ({low:g}, {high:g}): give the lower time first")
+    return low, high
 
 
 def span(bounds: tuple[float, float]) -> str:

@@ -214,7 +214,7 @@ def _interval(name: str, value: Any) -> tuple[float, float]:
     if not isinstance(value, list) or len(value) != 2:
         raise RefineError(f"{name} {_shown(value)}: give two times [lo, hi] within 0 and 1")
     low, high = (_number(limits.TIME)(f"{name}[{k}]", time) for k, time in enumerate(value))
-    return low, high
+    return limits.interval(name, low, high)
 
 
 _CHECKS: dict[str, _Check] = {
@@ -569,6 +569,9 @@ def check(manifest: Manifest) -> Iterator[Refused]:
                 areas = found.arguments["mask_or_box"]
                 inside = sizes[found.arguments["image"]]
                 for number, area in enumerate(areas if isinstance(areas, list) else [areas]):
+                    if isinstance(area, Path):
+                        where = f"regions[{number}].mask" if isinstance(areas, list) else "mask"
+                        images.check_mask_size(sizes[area], inside, where)
                     if isinstance(area, tuple) and (area[2] > inside[0] or area[3] > inside[1]):
                         where = f"regions[{number}].box" if isinstance(areas, list) else "box"
                         raise RefineError(

@@ -111,7 +111,7 @@ class Refiner(serving.Door):
         "refine"."""
         model.require("refining", "refine")
         super().__init__(model, variables, tokenizer, lora, **settings)
-        self.aspects = None if aspects is None else tuple(sorted(map(float, aspects)))
+        self.aspects = tuple(sorted(limits.number("aspects", a, limits.ASPECT) for a in aspects or ())) or None
         self._encoded: collections.OrderedDict[Any, Reference] = collections.OrderedDict()
         self._encoding = threading.Lock()
 

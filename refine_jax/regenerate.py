@@ -500,7 +500,7 @@ def _interval(given: Any) -> tuple[float, float]:
         low, high = given
     except (TypeError, ValueError):
         raise RefineError(f"interval {given!r}: give two times (lo, hi) within 0 and 1") from None
-    return limits.number("interval", low, limits.TIME), limits.number("interval", high, limits.TIME)
+    return limits.interval("interval", *(limits.number("interval", time, limits.TIME) for time in (low, high)))
 
 
 def _text(prompt: Any) -> str:

@@ -338,6 +338,20 @@ def test_mask_of_another_size_is_resized_to_the_nearest_pixel():
     np.testing.assert_array_equal(read_mask(mask, (12, 8)), mask.repeat(2, 0).repeat(2, 1))
 
 
+@pytest.mark.parametrize("size", [(3024, 4032), (1512, 2016), (1000, 1333), (1000, 1334), (7, 9), (756, 1008)])
+def test_a_mask_of_the_pictures_shape_may_have_another_size(size):
+    assert read_mask(np.ones(size[::-1], bool), (3024, 4032)).shape == (4032, 3024)
+
+
+@pytest.mark.parametrize(
+    "size, remedy", [((4032, 3024), "EXIF"), ((1000, 1000), "as it is shown"), ((97, 120), "shown")]
+)
+def test_a_mask_of_another_shape_would_mark_another_place(size, remedy):
+    with pytest.raises(RefineError) as error:
+        read_mask(np.ones(size[::-1], bool), (3024, 4032))
+    refused(error, "mask", f"{size[0]}x{size[1]} pixels, the picture has 3024x4032", remedy)
+
+
 @pytest.mark.parametrize("source", [np.zeros((5, 5), np.uint8), np.zeros((5, 5), bool), np.zeros((5, 5, 4), np.uint8)])
 def test_empty_mask(source):
     with pytest.raises(RefineError) as error:

@@ -197,7 +197,7 @@ GUIDED = {
     "text_cfg": st.floats(0, 1000),
     "renorm": st.sampled_from(["text_channel", "channel", "global"]),
     "renorm_min": NUMBER,
-    "interval": st.tuples(NUMBER, NUMBER),
+    "interval": st.tuples(NUMBER, NUMBER).map(sorted).map(tuple),
     "shift": st.floats(0.01, 1000),
 }
 REFINE = {
@@ -340,6 +340,7 @@ WRONG = [
     ({**PAINT, "renorm_min": 1.1}, ["renorm_min 1.1"]),
     ({**PAINT, "interval": [0]}, ["interval [0]"]),
     ({**PAINT, "interval": [0, 2]}, ["interval[1] 2"]),
+    ({**PAINT, "interval": [1, 0.5]}, ["interval (1, 0.5)", "the lower time first"]),
     ({**PAINT, "shift": 0}, ["shift 0", "0.01"]),
     ({"prompt": "x", "size": [64]}, ["size [64]"]),
     ({"prompt": "x", "size": [0, 64]}, ["size [0, 64]"]),
@@ -559,6 +560,7 @@ def test_what_is_no_regular_file_is_never_opened(folder, tmp_path):
 def test_check_reads_headers(tmp_path):
     picture(tmp_path / "a.png", (64, 48))
     picture(tmp_path / "b.png", (20, 20))
+    picture(tmp_path / "m.png", (32, 24))
     turned = Image.new("RGB", (40, 20))
     exif = turned.getexif()
     exif[0x0112] = 6
@@ -573,7 +575,7 @@ def test_check_reads_headers(tmp_path):
 
     good = [
         {"image": "a.png", "box": [0, 0, 64, 48], "prompt": "x"},
-        {"image": "a.png", "mask": "b.png", "reference": "turned.jpg", "prompt": "x"},
+        {"image": "a.png", "mask": "m.png", "reference": "turned.jpg", "prompt": "x"},
         {"image": "turned.jpg", "box": [0, 0, 20, 40], "prompt": "x"},
         {"image": "b.png", "prompt": "x"},
         {"prompt": "x"},
@@ -586,8 +588,10 @@ def test_check_reads_headers(tmp_path):
         ({"image": "a.png", "box": [0, 0, 1, 1], "reference": "bomb.png", "prompt": "x"}, ["reference 'bomb.png'"]),
         ({"image": "a.png", "box": [0, 0, 65, 48], "prompt": "x"}, ["box [0, 0, 65, 48]", "64x48", "[0, 0, 64, 48]"]),
         ({"image": "turned.jpg", "box": [0, 0, 40, 20], "prompt": "x"}, ["20x40"]),
-        ({"image": "a.png", "prompt": "x", "regions": [{"mask": "b.png"}, {"mask": "cut.png"}]}, ["regions[1].mask"]),
-        ({"image": "a.png", "prompt": "x", "regions": [{"mask": "b.png"}, {"box": [0, 0, 1, 49]}]}, ["regions[1].box"]),
+        ({"image": "a.png", "prompt": "x", "regions": [{"mask": "m.png"}, {"mask": "cut.png"}]}, ["regions[1].mask"]),
+        ({"image": "a.png", "prompt": "x", "regions": [{"mask": "m.png"}, {"box": [0, 0, 1, 49]}]}, ["regions[1].box"]),
+        ({"image": "turned.jpg", "mask": "m.png", "prompt": "x"}, ["mask: 32x24 pixels, the picture has 20x40"]),
+        ({"image": "a.png", "prompt": "x", "regions": [{"mask": "b.png"}]}, ["regions[0].mask: 20x20"]),
         ({"image": "gone.png", "prompt": "x"}, ["image 'gone.png'", "no such file"]),
         ("{", ["no JSON"]),
     ]

@@ -416,8 +416,7 @@ def main(
     if seeds < 1 or batch < 1:
         raise RefineError(f"seeds {seeds}, batch {batch}: give whole numbers of at least 1")
     refiner = Refiner.load(model, **loading)
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = report.folder(output)
     samples, differing = load_samples(count, recipe, progress)
     if differing:
         print(

@@ -90,8 +90,7 @@ def main(
     chosen = [name for name in entries if all(name in files for files in found.values())]
     if not chosen:
         raise RefineError("--results: no pair has a result in all of these folders; finish the runs, or give one less")
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = report.folder(output)
     shown = {chosen[k] for k in report.spread(len(chosen), _SHOWN)}
     methods = (COPY, *names)
     scores: dict[str, list[dict[str, float]]] = {method: [] for method in methods}

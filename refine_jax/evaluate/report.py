@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from refine_jax.errors import RefineError
+
 _PACKAGES = (
     "jax",
     "flax",
@@ -192,6 +194,15 @@ def contact_sheet(
             left = label + gap + c * (cell[0] + gap)
             sheet.paste(fitted, (left + (cell[0] - fitted.width) // 2, top + (cell[1] - fitted.height) // 2))
     return sheet
+
+
+def folder(output: str | os.PathLike) -> Path:
+    """The folder of an evaluation's results, made now. Raises `RefineError` where it cannot be."""
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RefineError(f"--output {os.fspath(output)!r}: cannot be made ({error.strerror}); give another") from None
+    return Path(output)
 
 
 def rounded(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,8 +54,7 @@ def main(
     if count < 1 or rounds < 0 or batch < 1:
         raise RefineError(f"count {count}, rounds {rounds}, batch {batch}: give whole numbers of at least 1 (rounds 0)")
     regenerator = Regenerator.load(model, **(loading or {}))
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = report.folder(output)
     samples = [world.sample(WORLD_SEED, number, "eval") for number in range(count)]
 
     def many(what: str, run: Any, requests: list[dict[str, Any]]) -> np.ndarray:
