@@ -26,7 +26,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -112,7 +112,7 @@ def run(
     output = Path(output)
     listed = Manifest(manifest, root)
     doors = Doors(config, store or executables.Store())
-    doors.open(request.task for request in listed if isinstance(request, Request))
+    doors.open(listed)
     if jax.process_index() == 0:
         claim = _claim(output, config, doors)
     _meet("the output folder is claimed")
@@ -261,11 +261,15 @@ class Doors:
         if self.mesh is not None:  # rows that the devices cannot share out, each of them would compute
             parallel.check_batch(config.batch_size, self.mesh)
 
-    def open(self, tasks: Iterable[str]) -> None:
-        """Load the models of these tasks, or raise `RefineError`: a model that is not there is no request's fault."""
+    def open(self, listed: Manifest) -> None:
+        """Load the models that requests ask for, or raise `RefineError`: one that is not there is no request's fault.
+
+        Of most requests only the task is read: looking up all their files takes minutes where these are far away.
+        """
         left = dict(self.by_task)
-        for task in tasks:
-            if task in left:
+        for index in range(len(listed)):
+            task = listed.head(index)[1]
+            if task in left and isinstance(listed.read(index), Request):
                 left.pop(task)()
             if not left:
                 break
@@ -461,9 +465,8 @@ def _write_report(output: Path, listed: Manifest, summary: Summary, share: int) 
         entries.update((entry["id"], entry) for entry in _complete_lines(path))
     lines, counts = [], collections.Counter()
     for index in range(len(listed)):
-        request = listed.read(index)
-        name = request.id or f"line {request.line}"
-        entry = entries.get(name, dict(id=name, line=request.line, status="open"))
+        name = listed.head(index)[0]
+        entry = entries.get(name, dict(id=name, line=listed.line(index), status="open"))
         counts[entry["status"]] += 1
         lines.append(json.dumps(entry, ensure_ascii=False))
     checkpoint.write_text(output / "results.jsonl", "\n".join(lines) + "\n", str(share))

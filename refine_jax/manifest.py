@@ -361,30 +361,50 @@ class Manifest:
         """
         return self._read(index)[0]
 
-    def _read(self, index: int) -> tuple[Request | Refused, list[_File]]:
-        """`read`, and the files that the request names, each once."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"request {index} of {len(self)}")
-        index = int(index)
-        line, id, files = self._lines[index], None, {}
-        content = self._content(index)
+    def line(self, index: int) -> int:
+        """The number of the line of request `index`, from 1."""
+        return self._lines[index]
+
+    def head(self, index: int) -> tuple[str, str | None]:
+        """What request `index` is called, "line 7" where it has no id, and its task, None where that cannot be told.
+
+        No file is looked up, so the request may be refused all the same. Raises as `read`.
+        """
+        content, name = self._content(index), f"line {self._lines[index]}"
         try:
             fields = _decode(content)
-            wanted = _id(fields, line)
-            if (first := self._earlier(index)) is not None:
-                which = "" if "id" in fields else ", the number of the line"
-                raise RefineError(
-                    f"id {wanted!r}{which}: line {first} has it already (upper and lower case are the same); "
-                    "give another"
-                )
-            id = wanted
+            name = self._own_id(index, fields)
+            return name, _task(fields)
+        except RefineError:
+            return name, None
+
+    def _read(self, index: int) -> tuple[Request | Refused, list[_File]]:
+        """`read`, and the files that the request names, each once."""
+        content = self._content(index)
+        index, id, files = int(index), None, {}
+        line = self._lines[index]
+        try:
+            fields = _decode(content)
+            id = self._own_id(index, fields)
             task, arguments = self._request(fields, files)
         except RefineError as error:
             return Refused(index, line, id, f"line {line}: {error}"), []
         return Request(index, line, id, task, _opened(arguments), _digest(task, arguments)), list(files.values())
 
+    def _own_id(self, index: int, fields: Mapping[str, Any]) -> str:
+        """The id of a line. Raises `RefineError` for one that cannot be used, or that an earlier line has."""
+        wanted = _id(fields, self._lines[index])
+        if (first := self._earlier(index)) is not None:
+            which = "" if "id" in fields else ", the number of the line"
+            raise RefineError(
+                f"id {wanted!r}{which}: line {first} has it already (upper and lower case are the same); give another"
+            )
+        return wanted
+
     def _content(self, index: int) -> bytes:
         """The bytes of a line, of one that is too long a few more than allowed."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"request {index} of {len(self)}")
         start = self._offsets[index]
         following = self._offsets[index + 1] if index + 1 < len(self) else self._end
         stop, parts = min(following, start + MAX_LINE + 1), []
@@ -410,9 +430,7 @@ class Manifest:
 
     def _request(self, fields: Mapping[str, Any], files: dict[str, _File]) -> tuple[str, dict[str, Any]]:
         """Task and arguments of a line, a `_File` for each path; fills `files`. Raises `RefineError`."""
-        areas = [name for name in _AREAS if name in fields]
-        inferred = "refine" if areas else "regenerate" if "image" in fields else "generate"
-        task = _choice(*TASKS)("task", fields.get("task", inferred))
+        task = _task(fields)
         for name in fields:
             if name in ("id", "task", *_FIELDS[task]):
                 continue
@@ -423,7 +441,7 @@ class Manifest:
         if "image" in _FIELDS[task] and "image" not in fields:
             raise RefineError(f"image: missing; {task!r} takes a picture")
         if task == "refine":
-            _exactly_one(areas, _AREAS)
+            _exactly_one([name for name in _AREAS if name in fields], _AREAS)
         values = {
             name: self._value(name, name, value, files)
             for name, value in fields.items()
@@ -506,6 +524,13 @@ class Manifest:
         if status.st_size > MAX_FILE:
             raise RefineError(f"{label}: {status.st_size:,} bytes; give a picture file of at most {MAX_FILE:,}")
         return _File(name, value, Path(path), status.st_size, status.st_mtime_ns)
+
+
+def _task(fields: Mapping[str, Any]) -> str:
+    """The task of a line. Raises `RefineError` for an unknown one."""
+    areas = any(name in fields for name in _AREAS)
+    inferred = "refine" if areas else "regenerate" if "image" in fields else "generate"
+    return _choice(*TASKS)("task", fields.get("task", inferred))
 
 
 def _exactly_one(found: list[str], names: tuple[str, ...], where: str = "") -> None:

@@ -557,6 +557,17 @@ def test_what_is_no_regular_file_is_never_opened(folder, tmp_path):
         refused(found, word)
 
 
+def test_ids_and_tasks_are_told_without_files(folder, monkeypatch):
+    lines = [{**BOX, "id": "Sign"}, {**PAINT, "id": "sign"}, {"prompt": "x"}, "{", {**PAINT, "task": "other"}]
+    found = Manifest(written(folder, *lines, {**BOX, "image": "gone.png"}))
+    known = [found.read(index) for index in range(len(found))]
+    monkeypatch.setattr(os, "lstat", lambda path: pytest.fail(f"{path} was looked up"))
+    heads = [found.head(index) for index in range(len(found))]
+    assert [name for name, _ in heads] == [r.id or f"line {r.line}" for r in known]
+    assert [task for _, task in heads] == ["refine", None, "generate", None, None, "refine"]
+    assert isinstance(known[-1], Refused) and [found.line(index) for index in range(6)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_check_reads_headers(tmp_path):
     picture(tmp_path / "a.png", (64, 48))
     picture(tmp_path / "b.png", (20, 20))
