@@ -38,6 +38,7 @@ WIDE_TEXT_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4
 # Widths over heights of focus crops where few programs are to serve all: a factor of the square root of two apart.
 ASPECTS = tuple(2 ** (k / 2) for k in range(-6, 7))
 _KEPT = 64  # encoded references
+_FINER = 8  # aspects a factor of two, where a crop cannot grow to one of a door's
 _ASPECT = 16  # of a crop and of a reference, at most
 _COVERED = 400_000_000  # pixels of a request's regions, each of which is kept until it is pasted
 
@@ -283,8 +284,7 @@ class Refiner(serving.Door):
             box = self._focus(mask, picture.size, margin) if focus else np.array([0, 0, *picture.size], np.int32)
             ratio = int(box[2] - box[0]) / int(box[3] - box[1])
             if self.aspects is not None:
-                aspect = min(self.aspects, key=lambda a: abs(math.log(a / ratio)))  # noqa: B023
-                box, ratio = grown(box, aspect, picture.size), aspect
+                box, ratio = fitted(box, self.aspects, picture.size)
             crop = model.vae_size(ratio)
             if max(crop) > _ASPECT * min(crop):
                 whole = box.tolist() == [0, 0, *picture.size]
@@ -498,6 +498,20 @@ def reference_room(model: ModelConfig) -> tuple[int, int]:
     seen = max(math.prod(model.latent_size(size)) for size in sizes) // model.mmdit.patch_size**2
     looks = focus.aspect_buckets(model.condition_area, model.multiple)
     return seen, max(view_tokens(model, model.vl_sizes(width / height)) for height, width in looks)
+
+
+def fitted(box: np.ndarray, aspects: Sequence[float], size: tuple[int, int]) -> tuple[np.ndarray, float]:
+    """The box `[4]` grown to the nearest of `aspects`, and the aspect (width / height) at which it is refined.
+
+    Where the picture, (width, height), leaves too little room, that is the nearest of finer steps: nothing is stretched
+    by more than a twentieth.
+    """
+    sides = lambda box: int(box[2] - box[0]) / int(box[3] - box[1])
+    aspect = min(aspects, key=lambda a: abs(math.log(a / sides(box))))
+    box = grown(box, aspect, size)
+    if abs(math.log(aspect / sides(box))) > math.log(1.05):
+        aspect = 2 ** (round(_FINER * math.log2(sides(box))) / _FINER)
+    return box, aspect
 
 
 def grown(box: np.ndarray, aspect: float, size: tuple[int, int]) -> np.ndarray:

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 from refine_jax import batch, executables, parallel, scheduling, serving
 from refine_jax.errors import RefineError
 from refine_jax.manifest import Refused, Request
-from refine_jax.refine import ASPECTS, grown
+from refine_jax.refine import ASPECTS, fitted, grown
 from refine_jax.scheduling import FAILED, REFUSED, Scheduler
 
 
@@ -242,6 +242,21 @@ def test_a_grown_box_holds_the_box_and_stays_in_the_picture(box, spare, aspect):
     assert 0 <= x1 <= x < x + width <= x2 <= size[0] and 0 <= y1 <= y < y + height <= y2 <= size[1]
     if x2 - x1 < size[0] and y2 - y1 < size[1]:  # nothing was in the way
         assert abs((x2 - x1) - aspect * (y2 - y1)) <= max(1, aspect)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.tuples(st.integers(1, 2000), st.integers(1, 2000), st.integers(20, 2000), st.integers(20, 2000)),
+    st.tuples(st.integers(0, 500), st.integers(0, 500)),
+)
+def test_what_cannot_grow_is_hardly_stretched(box, spare):
+    x, y, width, height = box
+    size = (x + width + spare[0], y + height + spare[1])
+    (x1, y1, x2, y2), aspect = fitted(np.array([x, y, x + width, y + height]), ASPECTS, size)
+    assert 0 <= x1 <= x < x + width <= x2 <= size[0] and 0 <= y1 <= y < y + height <= y2 <= size[1]
+    assert abs(np.log(aspect * (y2 - y1) / (x2 - x1))) < np.log(1.051)
+    steps = 8 * np.log2(aspect)
+    assert aspect in ASPECTS or abs(steps - round(steps)) < 1e-9
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=12))
