@@ -296,13 +296,18 @@ def _scaled_grey(image: Image.Image) -> Image.Image:
 
 
 def _painted(image: Image.Image) -> np.ndarray:
-    """Grey times opacity `[H, W] uint8`, rounded up; the opacity itself where every visible pixel is black."""
+    """Grey times opacity `[H, W] uint8`, rounded up; on a transparent sheet that shows colours, or black alone, the
+    opacity itself."""
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB" if image.mode in ("P", "CMYK") else "L").convert("L"))
     image = image.convert("RGBA")
     grey, alpha = np.asarray(image.convert("L"), np.uint16), np.asarray(image.getchannel("A"))
     shown = (grey * alpha + 254) // 255
-    return (alpha if alpha.min() < 255 and not shown.any() else shown).astype(np.uint8)
+    if alpha.min() == 255:
+        return shown.astype(np.uint8)
+    colours = np.asarray(image)[alpha > 0][:, :3]
+    drawn = not shown.any() or (colours.min(axis=1) != colours.max(axis=1)).any()
+    return (alpha if drawn else shown).astype(np.uint8)
 
 
 def box_mask(box: Sequence[float], size: tuple[int, int], name: str = "box") -> np.ndarray:

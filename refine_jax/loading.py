@@ -315,6 +315,9 @@ def _adapters(given: LoraLike | Sequence[LoraLike] | None) -> list[tuple[Path, f
             raise RefineError(f"lora {item!r}: give a file, a pair (file, weight), or a list of these")
         if not isinstance(weight, (int, float)) or not np.isfinite(weight):
             raise RefineError(f"lora {str(path)!r}: weight {weight!r}, give a finite number")
+        with contextlib.suppress(OSError, ValueError):  # a name that no file system can hold: reading it says more
+            if not Path(path).exists():
+                raise RefineError(f"{path}: no such file; give a LoRA as .safetensors")
         found.append((Path(path), float(weight)))
     return found
 

@@ -393,6 +393,13 @@ def test_mask_arrays_that_hold_no_numbers():
         refused(error, "mask")
 
 
+def test_strokes_of_several_colours_on_a_transparent_sheet_count_alike():
+    sheet = np.zeros((1, 5, 4), np.uint8)
+    sheet[0, :3] = [(255, 255, 255, 255), (255, 0, 0, 255), (0, 0, 0, 255)]
+    sheet[0, 3] = (0, 90, 0, 128)
+    np.testing.assert_array_equal(read_mask(sheet, (5, 1)), [[255, 255, 255, 128, 0]])
+
+
 def test_masks_painted_on_a_transparent_sheet():
     region = np.zeros((4, 5), np.uint8)
     region[1:3, 1:4] = 255
