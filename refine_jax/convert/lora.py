@@ -231,10 +231,11 @@ def _find(path: str | os.PathLike) -> Path:
 
 def _read(file: Path, stored: Any, spellings: Mapping[str, tuple[_Module, str | None]]) -> Adapter:
     names = list(stored.keys())
-    if names and not any(_SUFFIX.fullmatch(key) or _unknown(key) != _UNKNOWN for key in names):
+    whole = [key for key in names if key.endswith((".weight", ".bias"))]
+    if whole and not any(_SUFFIX.fullmatch(key) or _unknown(key) != _UNKNOWN for key in names):
         raise RefineError(
-            f"{file}: holds {len(names)} tensors, such as {listed(names[:1])}, and none of a LoRA; give a LoRA (whole"
-            " weights load from the folder of a diffusers pipeline)"
+            f"{file}: holds whole weights, such as {listed(whole[:1])}, and no LoRA; give a LoRA (whole weights load"
+            " from the folder of a diffusers pipeline)"
         )
     problems = _Problems()
     parts: dict[_Module, dict[str, str]] = {}  # module -> "a", "b", "alpha" -> key
