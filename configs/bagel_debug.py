@@ -1,9 +1,9 @@
-"""BAGEL's training at toy sizes, on whatever devices there are: packed rows of all three tasks of the small world.
+"""BAGEL's training at toy sizes, on up to two devices: packed rows of all three tasks of the small world.
 
     refine-jax train --config configs/bagel_debug.py --workdir runs/bagel_debug
 
 Starts at random, the VAE too: it shows that the machinery runs, and nothing is to be learned from it. 10 steps take
-about a minute on two CPU cores, most of it compiling.
+about a minute on two CPU cores, most of it compiling. More devices need a larger batch (--config.batch_size=8).
 """
 
 import ml_collections

@@ -1,9 +1,10 @@
-"""The debug twin of the edit_* configurations: their code path at tiny sizes, on whatever devices there are.
+"""The debug twin of the edit_* configurations: their code path at tiny sizes, on up to four devices.
 
     refine-jax train --config configs/edit_debug.py --workdir runs/edit_debug
 
 A LoRA of rank 4 on the bundled tiny model, pairs drawn on the fly, 20 steps: under a minute on two CPU cores, most of
-it compiling. The loss is that of a trained model from the first step; nothing is to be learned from it.
+it compiling. The loss is that of a trained model from the first step; nothing is to be learned from it. More devices
+need a larger batch (--config.batch_size=8).
 """
 
 import ml_collections
@@ -25,6 +26,6 @@ def get_config() -> ml_collections.ConfigDict:
         lora=dict(rank=4, alpha=4.0, targets=recipes.LORA_TARGETS),
         boundary=dict(r_out=2, r_in=2, alpha=9.0),
         data=dict(
-            source="synth", buckets=((64, 64),), reference_buckets=None, weights=(1.0,), text_length=72, workers=0
+            source="synth", buckets=((64, 64),), reference_buckets=None, weights=(1.0,), text_length=128, workers=0
         ),
     )

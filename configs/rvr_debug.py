@@ -1,10 +1,11 @@
-"""Refinement via Regeneration on the MMDiT at tiny sizes, on whatever devices there are.
+"""Refinement via Regeneration on the MMDiT at tiny sizes, on up to four devices.
 
     refine-jax train --config configs/rvr_debug.py --workdir runs/rvr_debug
 
 A LoRA of rank 4 on the bundled tiny model, which was made to refine: it now reads the picture and the prompt and is
 shown no latents of the picture. Pairs of the small world, drawn on the fly, 20 steps: about a minute on two CPU cores,
 most of it compiling; nothing is to be learned from it. Through --config.data.source=records it takes a dataset's pairs.
+More devices need a larger batch (--config.batch_size=8).
 """
 
 import ml_collections

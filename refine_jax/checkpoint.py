@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -254,6 +255,8 @@ def _restore(
 
 # ----------------------------------------------------------------------------------------------- training runs
 
+_SHARED = 20.0  # seconds until a file of one host is seen by the others, in a folder that they share
+
 
 class Preemption:
     """Notices SIGTERM, on whichever host it arrives, and makes all hosts stop after the same step."""
@@ -274,21 +277,59 @@ class Preemption:
     def _ask(self, *_: Any) -> None:
         self._asked = True
 
+    def go_on_from(self, first: int) -> None:
+        """A run continues after step `first`; every process calls it, before its first `reached`.
+
+        The service counts calls, and names a number of calls after which all stop; it waits for that very number, so
+        those of the steps before are made up for. What it named meanwhile holds for the next step.
+        """
+        if jax.process_count() > 1:
+            calls = [multihost_utils.reached_preemption_sync_point(step) for step in range(1, first + 1)]
+            self._asked = any(calls)
+
     def reached(self, step: int) -> bool:
         """Whether to save and stop after `step`. Every process calls it at every step."""
-        return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._asked
+        if jax.process_count() == 1:
+            return self._asked
+        return multihost_utils.reached_preemption_sync_point(step) or self._asked
 
 
-def claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
-    """Make the work folder and write the resolved configuration to its `config.json`."""
+def claim(workdir: Path) -> None:
+    """Make the work folder. Raises `RefineError` where it cannot be written, or where the hosts have one each."""
+    token = int(np.random.default_rng().integers(2**31))
+    if jax.process_count() > 1:
+        token = int(multihost_utils.broadcast_one_to_all(np.int32(token)))
+    mark = workdir / f".seen-{token}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            write_text(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
+            for left in workdir.glob(".seen-*"):  # of a start that was killed
+                left.unlink(missing_ok=True)
+            mark.touch()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the work folder is made")
+            waited = 0.0
+            while not (seen := mark.exists()) and waited < _SHARED:  # a network's folder may lag
+                time.sleep(0.2)
+                waited += 0.2
+            blind = np.flatnonzero(~multihost_utils.process_allgather(np.array([seen])).ravel())
+            if len(blind):
+                raise RefineError(
+                    f"--workdir {str(workdir)!r}: process {blind[0]} does not see what process 0 wrote there; give a"
+                    " folder that all hosts share"
+                )
+        if jax.process_index() == 0:
+            mark.unlink()
     except OSError as error:
         raise RefineError(
             f"--workdir {str(workdir)!r}: cannot be written ({error.strerror}); give another folder"
         ) from None
+
+
+def write_config(workdir: Path, config: ml_collections.ConfigDict) -> None:
+    """The resolved configuration of a run, in its `config.json`; when it is known that the run can go on with it."""
+    if jax.process_index() == 0:
+        write_text(workdir / "config.json", config.to_json_best_effort(indent=1) + "\n")
 
 
 def manager(workdir: str | Path, keep: int = 2, save_every: int = 1000, keep_every: int = 0) -> ocp.CheckpointManager:

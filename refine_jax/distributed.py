@@ -35,6 +35,8 @@ TIMEOUT = "REFINE_JAX_START_TIMEOUT"
 START_FAILED = 69  # EX_UNAVAILABLE: not the user's input; may pass by itself, so launchers try again
 _TPU_PORT = 8482
 _LONG = 30 * 24 * 3600
+# What a collective says that another process left: of CPUs (Gloo), of GPUs (NCCL).
+_COLLECTIVE = re.compile(r"Gloo .*(failed|error)|NCCL .*(remote|abort|error)|[Cc]onnection (reset|closed) by peer")
 
 
 class StartError(RefineError):
@@ -104,6 +106,8 @@ def lost_peer(error: BaseException) -> bool:
     """Whether an error says that another process is gone, or was waited for in vain, which is no fault of this one."""
     if isinstance(error, TimeoutError):
         return not alone()
+    if not alone() and _COLLECTIVE.search(str(error)):
+        return True
     return type(error).__name__ == "JaxRuntimeError" and str(error).startswith(("UNAVAILABLE", "DEADLINE_EXCEEDED"))
 
 

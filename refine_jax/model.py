@@ -5,7 +5,7 @@ What the sampler (`refine_programs`) and the trainer (`objectives`) both do to a
 
 import dataclasses
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,21 +188,34 @@ class ModelConfig:
         return param_shapes(self, ("mmdit", "vae", "vl", "multiple"), names)
 
     def fit_prompt(
-        self, tokenizer: Any, text: str, grids: Sequence[Size], present: Sequence[bool], length: int
+        self,
+        tokenizer: Any,
+        text: str,
+        grids: Sequence[Size],
+        present: Sequence[bool],
+        length: int,
+        cut: Callable[[int], Any] = lambda tokens: None,
     ) -> prompts.TokenizedPrompt:
         """A prompt of at most `length` tokens, for training: a longer instruction loses its end.
 
-        grids, present: as in `prompts.encode_prompt`. Raises `RefineError` where the pictures alone are too long.
+        grids, present: as in `prompts.encode_prompt`. cut: called with the tokens of the whole prompt where it is.
+        Raises `RefineError` where the pictures alone are too long.
         """
         merge = self.vl.vision.spatial_merge_size
         length = min(length, self.prompt.drop_tokens + self.prompt.max_tokens)
         without_limit = dataclasses.replace(self.prompt, max_tokens=2**31)
-        while text:
-            encoded = prompts.encode_prompt(tokenizer, without_limit, text, grids, merge, present)
-            if len(encoded) <= length:
-                return encoded
+        encode = lambda text: prompts.encode_prompt(tokenizer, without_limit, text, grids, merge, present)
+        encoded = encode(text)
+        if len(encoded) > length:
+            cut(len(encoded))
+        while len(encoded) > length:
+            if not text:
+                raise RefineError(
+                    f"data.text_length {length}: template and pictures alone take {len(encoded)} tokens; give more"
+                )
             text = text[: -max(1, (len(encoded) - length) // 4)]
-        return prompts.encode_prompt(tokenizer, self.prompt, text, grids, merge, present)
+            encoded = encode(text)
+        return encoded
 
     @staticmethod
     def byte_tokenizer(folder: str | Path | None = None, texts: Iterable[str] = (), merges: int = 0) -> Any:

@@ -32,7 +32,7 @@ from refine_jax.bagel_objective import bagel_objective
 from refine_jax.convert import lora as lora_files
 from refine_jax.data import cache, loader, synth, world
 from refine_jax.data.prompted import Prompted
-from refine_jax.data.records import Dataset, open_picture
+from refine_jax.data.records import Dataset, Record, open_picture
 from refine_jax.errors import RefineError
 from refine_jax.model import PUBLISHED, ModelConfig, encode_images, encode_prompts, encoded_context, velocity
 from refine_jax.models.layers import init_lora, rotary_frequencies, scale_lora
@@ -159,6 +159,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     cached = data.source == "cache"
     if cached and (config.train_encoder or not config.init_from):
         raise RefineError("data.source 'cache': the encoder must stay as it is; set init_from, and train_encoder=False")
+    if adapter and config.train_encoder:
+        raise RefineError("train_encoder: a LoRA leaves the encoder as it is; set it to False")
     trained = () if adapter else ("mmdit", "vl") if config.train_encoder else ("mmdit",)
     needed = ("mmdit",) if cached else ("mmdit", "vae", "vl")
     frozen = tuple(name for name in needed if name not in trained)
@@ -246,6 +248,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
             dropout, limit = config.instruction_dropout, data.get("max_corrupt", 0.01)
             return cache.batches(found, config.seed, config.batch_size, dropout=dropout, max_corrupt=limit, **hosts)
         common = dict(seed=config.seed, batch_size=config.batch_size, buckets=buckets, **hosts)
+        if pictured and data.source == "records":
+            Dataset(viewed)  # what is wrong is said before the first step
         if data.source == "synth":
             pairs = loader.refine_batches(
                 split="train",
@@ -349,6 +353,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
             return cached_pictures.decoded(model, vae(), rows, parallel.make_mesh(dict(config.mesh)))
         if data.source == "records":
             found = _record_samples(Dataset(viewed), count)
+            parallel.check_same("pictures", repr([sample["prompt"] for sample in found]))
             if masked:
                 return found
             return [{name: sample[name] for name in ("image", "prompt", "target")} for sample in found]
@@ -386,25 +391,30 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
 
 
 def _record_samples(dataset: Dataset, count: int) -> list[dict[str, Any]]:
-    """The first records of a dataset, as requests."""
-    samples = []
-    for number in range(min(count, len(dataset))):
-        record = dataset[number]
-        picture = lambda data, size, name: open_picture(data, size, name).convert("RGB")
-        reference = record.reference and picture(record.reference, record.reference_size, "reference")
-        (width, height), (x1, y1, x2, y2) = record.size, record.box
-        mask = np.zeros((height, width), np.uint8)
-        mask[y1:y2, x1:x2] = np.asarray(open_picture(record.mask, (x2 - x1, y2 - y1), "mask")) > 0
-        samples.append(
-            dict(
-                image=np.asarray(record.whole_image().convert("RGB")),
-                mask_or_box=mask,
-                prompt=record.instruction,
-                reference=reference,
-                target=np.asarray(picture(record.target, record.size, "target")),
-            )
-        )
+    """The first records of a dataset that can be used, as requests."""
+    samples: list[dict[str, Any]] = []
+    for number in range(len(dataset)):
+        if len(samples) == count:
+            break
+        with contextlib.suppress(RefineError):
+            samples.append(_record_sample(dataset[number]))
+    if not samples:
+        raise RefineError(f"{dataset.folder}: no record of it can be used; see refine-jax data check")
     return samples
+
+
+def _record_sample(record: Record) -> dict[str, Any]:
+    picture = lambda data, size, name: open_picture(data, size, name).convert("RGB")
+    (width, height), (x1, y1, x2, y2) = record.size, record.box
+    mask = np.zeros((height, width), np.uint8)
+    mask[y1:y2, x1:x2] = np.asarray(open_picture(record.mask, (x2 - x1, y2 - y1), "mask")) > 0
+    return dict(
+        image=np.asarray(record.whole_image().convert("RGB")),
+        mask_or_box=mask,
+        prompt=record.instruction,
+        reference=record.reference and picture(record.reference, record.reference_size, "reference"),
+        target=np.asarray(picture(record.target, record.size, "target")),
+    )
 
 
 def _start(

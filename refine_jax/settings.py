@@ -49,7 +49,9 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "optimizer.eps": (0.0, 1.0),
     "optimizer.learning_rate": (0.0, math.inf),
     "optimizer.weight_decay": (0.0, 1e3),
+    "sigma.mean": (-100.0, 100.0),
     "sigma.shift": (0.01, 1e3),
+    "sigma.std": (0.0, 100.0),
 }
 # Keys of groups that are the same for every objective; all of a group are needed unless they are in `_SPARE`.
 _GROUPS: dict[str, tuple[str, ...]] = {
@@ -57,9 +59,9 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "boundary": ("r_out", "r_in", "alpha"),
     "lora": ("rank", "alpha", "targets", "init_from"),
     "pictures": ("every", "count"),
-    "sigma": ("distribution", "shift"),
+    "sigma": ("distribution", "shift", "mean", "std"),
 }
-_SPARE = ("sigma.distribution", "sigma.shift", "lora.init_from")
+_SPARE = ("sigma.distribution", "sigma.shift", "sigma.mean", "sigma.std", "lora.init_from")
 _SIGMA = ("uniform", "logit_normal")
 
 

@@ -235,7 +235,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
     mesh = parallel.make_mesh(dict(config.mesh))
     objective = objectives.make(config)
     program = make_program(config, objective, mesh)
-    checkpoint.claim(workdir, config)
+    checkpoint.claim(workdir)
 
     with checkpoint.room(workdir), contextlib.ExitStack() as stack:
         batches = stack.enter_context(closing(objective.batches()))
@@ -255,7 +255,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
         else:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
             state = program.begin(objective.initial(shardings) if objective.initial else program.init(key), key)
+        checkpoint.write_config(workdir, config)
         first = int(state.step)
+        preemption.go_on_from(first)
         frozen = objective.load(jax.tree.map(lambda leaf: leaf.sharding, program.frozen))
 
         # -------------------------------------------------------------- the loop

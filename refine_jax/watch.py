@@ -88,6 +88,8 @@ class Watch:
     def waiting(self) -> Iterator[None]:
         """Inside, data are fetched. It counts as waiting unless the device still had a step to do when they came."""
         asked = time.perf_counter()
+        if not self._recent and self._moment is not None:  # after a log, and what comes with it
+            self._moment = asked
         yield
         if not self._recent or all(x.is_ready() for x in jax.tree.leaves(self._recent[-1])):
             self._waited += time.perf_counter() - asked
@@ -114,6 +116,9 @@ class Watch:
         """Write the means since the last log. Raises `FloatingPointError` naming a tensor that is not finite."""
         values = jax.device_get(self._recent)
         now, (before, moment) = time.perf_counter(), self._logged
+        if self._moment is not None:
+            self._seconds.append(now - self._moment)
+        self._moment = now
         for offset, value in enumerate(values):
             if (bad := int(value["bad"])) >= 0:
                 name = self._program.tensors[bad]

@@ -1,6 +1,7 @@
 """Small datasets for the tests: noise pictures whose records can be told apart."""
 
 import io
+import time
 
 import numpy as np
 from PIL import Image
@@ -28,6 +29,11 @@ def make(number: int) -> records.Record:
     return writer.make_record(
         image, target, mask, instruction, reference, kind="toy", source=f"noise {number}", licence="CC0"
     )
+
+
+def slow(number: int) -> records.Record:
+    time.sleep(0.05)
+    return make(number)
 
 
 def write(folder, count: int = 30, shards: int = 3) -> records.Dataset:

@@ -674,7 +674,9 @@ def test_local_failure_of_one_ends_the_others(tmp_path, listens):
 
 REAL = """
 import os, sys, time
-from refine_jax import distributed
+from pathlib import Path
+from refine_jax import checkpoint, distributed
+from refine_jax.errors import RefineError
 job = distributed.start()
 import jax
 from jax.experimental import multihost_utils
@@ -683,18 +685,32 @@ ids = multihost_utils.process_allgather(jax.numpy.array([jax.process_index()])).
 print("together", jax.process_index(), jax.process_count(), ids, flush=True)
 if os.environ["HOW"] == "fail" and jax.process_index() == 1:
     sys.exit(distributed.leave(1))
-for step in range(10**6):
-    time.sleep(0.05)
-    if multihost_utils.reached_preemption_sync_point(step):
-        sys.exit(distributed.leave(75))
-    multihost_utils.process_allgather(jax.numpy.array([step]))
+checkpoint._SHARED = 0.5
+checkpoint.claim(Path(os.environ["WORKDIR"]))
+try:
+    checkpoint.claim(Path(os.environ["WORKDIR"], str(jax.process_index())))
+except RefineError as error:
+    print("apart", error, flush=True)
+first = 300
+with checkpoint.Preemption() as preemption:
+    if os.environ["HOW"] == "early":
+        time.sleep(2)
+    preemption.go_on_from(first)
+    for step in range(first + 1, 10**6):
+        time.sleep(0.05)
+        if preemption.reached(step):
+            print("saved", step, flush=True)
+            sys.exit(distributed.leave(75))
+        multihost_utils.process_allgather(jax.numpy.array([step]))
 """
 
 
-@pytest.mark.parametrize("how", ["preempt", "fail"])
-def test_local_real_processes(how):
-    """Two processes of jax.distributed: they meet; SIGTERM ends both with 75; the failure of one ends both at once."""
+@pytest.mark.parametrize("how", ["early", "late", "fail"])
+def test_local_real_processes(how, tmp_path):
+    """Two processes of jax.distributed: they meet; SIGTERM ends both with 75, at one step of a run that goes on, also
+    where it comes before its first; the failure of one ends both at once. Work folders of each process are refused."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "HOW": how, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    env["WORKDIR"] = str(tmp_path / "work")
     with local("--processes", "2", "--grace", "1", "--", sys.executable, "-c", REAL, env=env) as job:
         said = []
         while len(said) < 2:
@@ -703,10 +719,33 @@ def test_local_real_processes(how):
             said += [line] if "together" in line else []
         assert sorted(said) == ["[0] together 0 2 [0, 1]\n", "[1] together 1 2 [0, 1]\n"]
         met = time.monotonic()
-        if how == "preempt":
+        if how != "fail":
+            time.sleep(1 if how == "early" else 3)
             job.send_signal(signal.SIGTERM)
-        assert job.wait(60) == (75 if how == "preempt" else 1)
+        rest = job.stdout.read()
+        assert job.wait(60) == (1 if how == "fail" else 75)
         assert time.monotonic() - met < 30
+    if how != "fail":
+        assert rest.count("apart --workdir") == 2 and "process 1 does not see what process 0 wrote" in rest
+        steps = re.findall(r"saved (\d+)", rest)
+        assert len(steps) == 2 and steps[0] == steps[1]
+        assert steps[0] == "301" if how == "early" else int(steps[0]) > 301
+
+
+@pytest.mark.parametrize(
+    "error, lost",
+    [
+        (ValueError("UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]:5: Connection reset by peer"), True),
+        (RuntimeError("INTERNAL: NCCL operation ncclAllReduce failed: remote process exited"), True),
+        (TimeoutError(), True),
+        (ValueError("shapes do not fit"), False),
+        (RefineError("data.path 'x': Connection is no folder"), False),
+    ],
+)
+def test_what_says_that_another_process_is_gone(monkeypatch, error, lost):
+    assert not distributed.lost_peer(error)  # alone, nobody can be
+    monkeypatch.setattr(distributed, "alone", lambda: False)
+    assert distributed.lost_peer(error) == lost
 
 
 # ------------------------------------------------------------------------------------------------ who is there?

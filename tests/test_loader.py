@@ -62,12 +62,15 @@ def indices(draw):
     return np.stack([width, height, x1, y1, x2, y2, *references, np.full(count, 9)], axis=1).astype(np.int32)
 
 
+SIZES = st.tuples(st.integers(8, 64), st.integers(8, 64))
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     index=indices(),
     batch=st.integers(1, 12),
-    buckets=st.lists(st.tuples(st.integers(8, 64), st.integers(8, 64)), min_size=1, max_size=6),
-    references=st.lists(st.tuples(st.integers(8, 64), st.integers(8, 64)), min_size=1, max_size=3),
+    buckets=st.lists(SIZES, min_size=1, max_size=6, unique_by=lambda size: size[0] / size[1]),
+    references=st.lists(SIZES, min_size=1, max_size=3, unique_by=lambda size: size[0] / size[1]),
     seed=st.integers(0, 2**40),
 )
 def test_every_record_once_an_epoch_but_for_the_last_batch_of_a_group(index, batch, buckets, references, seed):
@@ -109,6 +112,13 @@ def test_a_crop_goes_to_the_nearest_bucket_unless_too_few_do(index, batch, seed)
             assert best or wanted[nearest[number]] < batch or min(wanted.values()) < batch
     kept = Counter(crop for (crop, _), members in zip(plan.groups, plan.members(0)) for _ in members)
     assert len(kept) == 1 or min(kept.values()) >= batch
+
+
+def test_of_two_buckets_of_one_aspect_one_would_never_be_used():
+    index = np.array([[64, 64, 1, 1, 9, 9, 0, 0, 3]], np.int32)
+    for buckets, references in ((((32, 64), (64, 128)), BUCKETS), (BUCKETS, ((32, 32), (48, 48)))):
+        with pytest.raises(RefineError, match="two have one aspect"):
+            Plan(index, 0, 1, buckets, references, 64.0)
 
 
 def test_epochs_differ_and_the_order_is_that_of_the_seed(dataset):

@@ -430,7 +430,7 @@ BAD = {
     "unknown keys: transformer_blocks.0.attn.to_x.lora_A.weight": {**GOOD, Q[:-1] + "x.lora_A.weight": A},
     "unknown keys: transformer_blocks.3.attn.to_q.lora_A.weight": {**GOOD, QA.replace("0", "3"): A},
     "unknown keys: lora_unet_norm.out.alpha": {**GOOD, "lora_unet_norm.out.alpha": A},
-    "holds whole weights, such as transformer_blocks.0.attn.to_q.weight": {Q + ".weight": np.ones((48, 48), np.float32)},
+    "holds whole weights, such as transformer_blocks.0.attn.to_q.weight": {Q + ".weight": A},
     "without their counterpart: transformer_blocks.0.attn.to_q.lora_A.weight": {QA: A},
     "without their counterpart: transformer_blocks.0.attn.to_k.alpha": {**GOOD, QALPHA.replace("_q", "_k"): A[0, 0:1]},
     r"wrong shapes: .*to_q.lora_A.weight \[2, 47\], expected \[r, 48\]": {QA: A[:, :47].copy(), QB: B},

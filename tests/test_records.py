@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -240,26 +241,32 @@ def test_workers_write_the_same(whole, tmp_path):
     assert records.verify(records.Dataset(whole))[1] == {"toy": 12}
 
 
-def test_a_killed_writer_continues_to_identical_bytes(whole, tmp_path):
-    """SIGKILL while a shard is being written: what is finished is kept, the rest is made, the bytes are the same."""
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_killed_writer_continues_to_identical_bytes(whole, tmp_path, workers):
+    """SIGKILL while a shard is being written: what is finished is kept, the rest is made, the bytes are the same. A
+    worker ends with who started it, and is no more in the way."""
     folder, shards = tmp_path / "set", tmp_path / "set" / "shards"
     code = textwrap.dedent("""
-        import sys, time
+        import sys
         import records_toy as toy
         from refine_jax.data import writer
-        def slow(number):
-            time.sleep(0.05)
-            return toy.make(number)
-        writer.write_dataset(sys.argv[1], slow, 12, {"kind": "toy"}, shards=3)
+        how = dict(shards=3, workers=int(sys.argv[2]))
+        writer.write_dataset(sys.argv[1], toy.slow, 12, {"kind": "toy"}, **how)
     """)
-    child = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=os.path.dirname(__file__))
+    command = [sys.executable, "-c", code, str(folder), str(workers)]
+    child = subprocess.Popen(command, cwd=os.path.dirname(__file__))
     finished = shards / "00000-of-00003.json"
     deadline = time.monotonic() + 60
     while not finished.exists() or not list(shards.glob("00001*.partial")):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
+    helpers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    assert len(helpers) >= workers
     child.send_signal(signal.SIGKILL)
     child.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in helpers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     with pytest.raises(RefineError, match="unfinished dataset; run the command"):
         records.Dataset(folder)
     with pytest.raises(RefineError, match="unfinished dataset of another recipe"):

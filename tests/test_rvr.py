@@ -276,6 +276,11 @@ def test_prompts_of_any_length(tokenizer, text):
     encode = lambda: prompts.encode_prompt(tokenizer, model.prompt, text, [grid], model.vl.vision.spatial_merge_size)
     fitted = model.fit_prompt(tokenizer, text, [grid], [True], 320)
     assert len(fitted) <= 320 and fitted.image_index.max() == merged_tokens(grid, 2) - 1
+    told = []
+    model.fit_prompt(tokenizer, text, [grid], [True], 320, told.append)
+    assert (len(told) == 1 and told[0] > 320) if len(text) > 100 else not told
+    with pytest.raises(RefineError, match="data.text_length 4: template and pictures alone take"):
+        model.fit_prompt(tokenizer, text, [grid], [True], 4)
     if len(text) > 100:
         with pytest.raises(RefineError, match="prompt too long"):
             encode()

@@ -13,12 +13,14 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import records_toy
 import toy
 from flax import linen as nn
 from PIL import Image
 from safetensors.numpy import load_file
 
 from refine_jax import checkpoint, cli, configuration, flops, objectives, parallel
+from refine_jax.data import records
 from refine_jax.errors import RefineError
 from refine_jax.refine import Refiner
 from refine_jax.train import load_config, make_optimizer, make_program, make_schedule, train
@@ -135,6 +137,13 @@ def test_bad_overrides(config_file, name, text, words):
         assert word in str(error.value), error.value
 
 
+def test_where_the_logit_normal_lies_may_be_said(tmp_path):
+    given = dict(distribution="logit_normal", mean=0.5, std=1.5, shift=2.0)
+    path = tmp_path / "some.py"
+    path.write_text((toy.CONFIGS / "edit_debug.py").read_text().replace("boundary=", f"sigma={given}, boundary="))
+    assert load_config(path).sigma.to_dict() == given
+
+
 @pytest.mark.parametrize(
     "line,words",
     [
@@ -142,6 +151,7 @@ def test_bad_overrides(config_file, name, text, words):
         ("c.data.margin_jiter = 0.1", ("'data.margin_jiter'", "did you mean data.margin_jitter?")),
         ("c.qqq = 1", ("'qqq'", "take it out")),
         ("c.sigma.shfit = 2.0", ("sigma has no key 'shfit'", "did you mean shift?")),
+        ("c.sigma.std = -1.0", ("sigma.std -1.0", "from 0 to 100")),
         ("c.sigma.distribution = 'normal'", ("sigma.distribution 'normal'", "'logit_normal'")),
         ("c.optimizer.learning_rate = float('nan')", ("optimizer.learning_rate nan", "at least 0")),
         ("c.optimizer.learning_rate = -1e-3", ("optimizer.learning_rate -0.001", "at least 0")),
@@ -329,12 +339,13 @@ def final_steps(workdir: Path) -> list[int]:
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, monkeypatch):
     linear(monkeypatch, Numbers())
     train(toy_loop(2), tmp_path / "run", progress=False)
+    kept = (tmp_path / "run" / "config.json").read_text()
     other = toy_loop(4)
     other.optimizer.name = "muon"
     with pytest.raises(RefineError) as error:
         train(other, tmp_path / "run", progress=False)
     assert "does not fit this configuration" in str(error.value) and "\n" not in str(error.value)
-    assert final(tmp_path / "run")[0] == 2
+    assert final(tmp_path / "run")[0] == 2 and (tmp_path / "run" / "config.json").read_text() == kept
 
 
 def test_sigterm_saves_the_present_step(tmp_path, monkeypatch, config_file, capsys):
@@ -403,6 +414,10 @@ def test_scalars_step_times_and_a_profile(tmp_path, monkeypatch, capsys):
     (events,) = (tmp_path / "run" / "tensorboard").glob("events*")
     written = events.read_bytes()
     assert all(name in written for name in (b"loss", b"grad_norm", b"size", b"data_wait", b"step_seconds"))
+    linear(monkeypatch, Numbers())
+    train(toy_loop(3, log_every=1), tmp_path / "often", progress=False)
+    (events,) = (tmp_path / "often" / "tensorboard").glob("events*")
+    assert events.read_bytes().count(b"step_seconds") == 2  # all but the first, which compiles
 
 
 def test_a_profile_on_request(tmp_path, monkeypatch, capsys):
@@ -658,6 +673,18 @@ def test_a_lora_is_trained_on_records(base, tmp_path, cache):
     assert (folder / objectives.LORA_FILE).is_file() and (tmp_path / "run" / "pictures" / "00000002.png").is_file()
     line = final(tmp_path / "run")[2][-1]
     assert line["step"] == 2 and np.isfinite(line["loss"]) and "corrupt_records" not in line
+    config.data.validation = str(tmp_path / "nothing")  # said before the first step
+    with pytest.raises(RefineError, match="nothing"):
+        train(config, tmp_path / "other", progress=False)
+    config.data.validation = ""
+    dataset = records.Dataset(tmp_path / "data")
+    records_toy.damage(dataset.files[0], dataset.read(0))
+    shown = objectives.make(config).samples(2)
+    assert [sample["prompt"] for sample in shown] == [dataset[number].instruction for number in (1, 2)]
+    config.train_encoder = True
+    with pytest.raises(RefineError, match="train_encoder: a LoRA leaves the encoder"):
+        objectives.make(config)
+    config.train_encoder = False
     config.data.path = str(tmp_path / "nothing")
     with pytest.raises(RefineError, match="nothing"):
         train(config, tmp_path / "other", progress=False)

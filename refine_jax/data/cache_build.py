@@ -1,5 +1,6 @@
 """`refine-jax data cache`: encode a dataset once with the frozen networks (`data.cache` says what is kept)."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -18,6 +19,7 @@ from refine_jax import loading, objectives, parallel, prompts
 from refine_jax.data import loader, writer
 from refine_jax.data.cache import Cache, fingerprint, load_encoders, made_with
 from refine_jax.data.plan import Plan
+from refine_jax.data.prompted import Cut
 from refine_jax.data.records import Dataset
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig
@@ -72,7 +74,8 @@ def build(
     encoder = _Encoder(config, model, dataset, plan, variables, tokenizer, mesh, batch)
     shards = -(-len(dataset) // _ENTRIES)
     how = dict(shards=shards, progress=progress, discard=False)
-    return writer.write_shards(Cache, Path(output) / name, encoder, len(dataset), recipe, **how)
+    with contextlib.closing(encoder):
+        return writer.write_shards(Cache, Path(output) / name, encoder, len(dataset), recipe, **how)
 
 
 class Band(NamedTuple):
@@ -108,6 +111,10 @@ class _Encoder:
         self._starts = np.concatenate([[0], np.cumsum([len(numbers) for numbers in members])])
         self._band = Band(config.boundary.r_out, config.boundary.r_in)
         self._done: dict[int, tuple] = {}
+        self._cut = Cut(config.data.text_length)
+
+    def close(self) -> None:
+        self._cut.close()
 
     def __call__(self, entry: int) -> tuple[list[int], bytes]:
         if entry not in self._done:
@@ -131,7 +138,7 @@ class _Encoder:
         read = lambda texts: vars(
             prompts.pad_prompts(
                 [
-                    model.fit_prompt(self._tokenizer, t, grids, [True, here, True], length)
+                    model.fit_prompt(self._tokenizer, t, grids, [True, here, True], length, self._cut)
                     for t, here in zip(texts, present)
                 ],
                 length,

@@ -21,6 +21,7 @@ from refine_jax import focus
 from refine_jax.data import assets, pixels, synth, world
 from refine_jax.data.plan import Plan, enlarge
 from refine_jax.data.records import Dataset, Record, open_picture
+from refine_jax.data.workers import end_with_parent
 from refine_jax.errors import RefineError
 
 Size = tuple[int, int]
@@ -159,6 +160,7 @@ def _outlive_sigterm() -> None:
     if here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         end = threading.Timer(_GRACE, os._exit, (128 + signal.SIGTERM,))
         end.daemon = True
+        end_with_parent()
         signal.signal(signal.SIGTERM, lambda *_: None if end.is_alive() else end.start())
 
 

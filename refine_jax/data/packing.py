@@ -298,13 +298,15 @@ class PackedBatches(loader.Batches):
     samples, which is said.
 
     Args:
-      max_corrupt: more than this share of all samples raises `RefineError`, which names the first ones.
+      max_corrupt: more than this share of all samples (below 1), or this number of them, raises `RefineError`, which
+        names the first ones.
     """
 
     def __init__(self, make: Rows, batch_size: int, max_corrupt: float, digest: str, **hosts: Any):
         super().__init__(make, batch_size, **hosts)
         self._sources, self._digest = make.sources, digest
-        self._limit = max_corrupt * sum(map(len, make.sources))
+        total = sum(map(len, make.sources))
+        self._limit = max_corrupt * total if max_corrupt < 1 else max_corrupt
         self._bad: set[tuple[int, int]] = set()
 
     @property

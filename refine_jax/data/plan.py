@@ -6,6 +6,7 @@ the same plan by itself, and a position in it is a step number.
 
 import functools
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -100,6 +101,8 @@ class Plan:
         for name, sizes in (("buckets", buckets), ("reference_buckets", reference_buckets)):
             if not len(sizes) or any(len(size) != 2 or min(size) < 1 for size in sizes):
                 raise RefineError(f"data.{name} {tuple(sizes)}: give at least one (height, width)")
+            if len({Fraction(*size) for size in sizes}) < len(sizes):
+                raise RefineError(f"data.{name} {tuple(sizes)}: two have one aspect, which decides; give one of each")
         self._check(seed, batch_size)
         width, height = index[:, 0], index[:, 1]
         crops = focus.focus_box(index[:, 2:6], width, height, margin).astype(np.int64)

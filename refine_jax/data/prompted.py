@@ -1,16 +1,38 @@
 """What a training reads of a loader's pairs: instructions as tokens, and what is left out at random."""
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
+from tqdm import tqdm
 
 from refine_jax import prompts
 from refine_jax.data import loader
 from refine_jax.errors import RefineError
 from refine_jax.model import ModelConfig
+
+
+class Cut:
+    """Counts instructions that lose their end, and says so at the first: `ModelConfig.fit_prompt` calls it."""
+
+    def __init__(self, length: int):
+        self.count, self.most, self._length = 0, 0, length
+
+    def __call__(self, tokens: int) -> None:
+        self.count, self.most = self.count + 1, max(self.most, tokens)
+        if self.count == 1:
+            text = f"an instruction takes {tokens} tokens with its pictures, and loses what is above"
+            tqdm.write(f"{text} data.text_length {self._length}; give more to keep it", file=sys.stderr)
+
+    def close(self) -> None:
+        """Say how many they were."""
+        if self.count > 1:
+            text = f"{self.count} instructions lost their end at data.text_length {self._length}"
+            tqdm.write(f"{text}; the longest took {self.most} tokens", file=sys.stderr)
+        self.count = 0
 
 
 class Prompted:
@@ -37,6 +59,7 @@ class Prompted:
             if not 0 <= share <= 1:
                 raise RefineError(f"data.{name} {share}: give a share from 0 to 1")
         self._pairs, self._model, self._tokenizer, self._length = pairs, model, tokenizer, data.text_length
+        self._cut = Cut(data.text_length)
         self._seed, self._batch_size, self._own = config.seed, config.batch_size, np.asarray(rows)
 
     def __iter__(self) -> Iterator:
@@ -59,7 +82,8 @@ class Prompted:
                 del batch["image"]  # nor need it be encoded
         texts = [loader.decode_instruction(row) for row in batch.pop("instruction")]
         texts = [self._model.negative_prompt if drawn < self._dropout else text for drawn, text in zip(draws, texts)]
-        fit = functools.partial(self._model.fit_prompt, self._tokenizer, grids=grids, length=self._length)
+        how = dict(grids=grids, length=self._length, cut=self._cut)
+        fit = functools.partial(self._model.fit_prompt, self._tokenizer, **how)
         there = np.stack([batch.get(f"has_{name}", np.ones(rows, bool)) for name in names], axis=1).tolist()
         encoded = [fit(text, present=present) for text, present in zip(texts, there)]
         batch["prompt"] = vars(prompts.pad_prompts(encoded, self._length))
@@ -82,4 +106,5 @@ class Prompted:
 
     def close(self) -> None:
         """End the pairs' worker processes."""
+        self._cut.close()
         self._pairs.close()

@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -14,6 +16,22 @@ _work: Callable  # what a worker process does
 def _employ(function: Callable) -> None:
     global _work
     _work = function
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """In a worker process: end when the process that started it does, however it does (SIGKILL, for want of memory).
+
+    Otherwise it would go on with what is queued, beside those of the run that takes over.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
 
 
 def _do(item: Any) -> Any:
