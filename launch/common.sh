@@ -12,7 +12,7 @@ readonly FAILED=1 BAD_INPUT=2 PARTLY=3 PREEMPTED=75
 
 DRY_RUN=0
 CONFIG=${LAUNCH_CONFIG:-}
-WORKDIR=${LAUNCH_WORKDIR:-}
+RUN_FOLDER=${LAUNCH_WORKDIR:-}
 OVERRIDES=()
 COMMAND=()
 
@@ -109,7 +109,7 @@ common_flag() {
   TAKEN=2
   case $1 in
     --config) CONFIG=$(value "$@") ;;
-    --workdir) WORKDIR=$(value "$@") ;;
+    --workdir) RUN_FOLDER=$(value "$@") ;;
     --config.?*=*) OVERRIDES+=("$1") TAKEN=1 ;;
     --config.*) bad "$1: write --config.KEY=VALUE, with an equals sign and no space" ;;
     --dry-run) DRY_RUN=1 TAKEN=1 ;;
@@ -120,13 +120,13 @@ common_flag() {
 # training: sets TRAINING to the command of every process: what came after `--`, or refine-jax train.
 training() {
   if ((${#COMMAND[@]})); then
-    [[ -z $CONFIG$WORKDIR && ${#OVERRIDES[@]} == 0 ]] || bad "--config and --workdir say what a command after -- would"
+    [[ -z $CONFIG$RUN_FOLDER && ${#OVERRIDES[@]} == 0 ]] || bad "--config and --workdir say what a command after -- would"
     TRAINING=("${COMMAND[@]}")
     return
   fi
   given --config "$CONFIG"
-  given --workdir "$WORKDIR"
-  TRAINING=(refine-jax train --config "$CONFIG" --workdir "$WORKDIR" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+  given --workdir "$RUN_FOLDER"
+  TRAINING=(refine-jax train --config "$CONFIG" --workdir "$RUN_FOLDER" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
 }
 
 # verdict CODE...: what the exit codes of all processes of a run say together: done, again, stop CODE or crash CODE.

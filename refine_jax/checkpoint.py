@@ -295,35 +295,43 @@ class Preemption:
 
 
 def claim(workdir: Path) -> None:
-    """Make the work folder. Raises `RefineError` where it cannot be written, or where the hosts have one each."""
+    """Make the work folder. Raises `RefineError`, on all hosts, where one cannot write it, or each has its own."""
     token = int(np.random.default_rng().integers(2**31))
     if jax.process_count() > 1:
         token = int(multihost_utils.broadcast_one_to_all(np.int32(token)))
-    mark = workdir / f".seen-{token}"
+    mark, reason = workdir / f".seen-{token}", ""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
-            for left in workdir.glob(".seen-*"):  # of a start that was killed
-                left.unlink(missing_ok=True)
             mark.touch()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("the work folder is made")
-            waited = 0.0
-            while not (seen := mark.exists()) and waited < _SHARED:  # a network's folder may lag
-                time.sleep(0.2)
-                waited += 0.2
-            blind = np.flatnonzero(~multihost_utils.process_allgather(np.array([seen])).ravel())
-            if len(blind):
-                raise RefineError(
-                    f"--workdir {str(workdir)!r}: process {blind[0]} does not see what process 0 wrote there; give a"
-                    " folder that all hosts share"
-                )
-        if jax.process_index() == 0:
-            mark.unlink()
     except OSError as error:
+        reason = str(error.strerror)
+    cannot = f"--workdir {str(workdir)!r}: cannot be written ({reason}); give another folder"
+    if jax.process_count() == 1:
+        mark.unlink(missing_ok=True)
+        if reason:
+            raise RefineError(cannot)
+        return
+    failed = _hosts(bool(reason))
+    deadline = time.monotonic() + _SHARED  # a network's folder may lag
+    while not (failed or mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [] if failed else _hosts(not mark.exists())
+    if jax.process_index() == 0:
+        mark.unlink(missing_ok=True)
+    if failed:
+        other = f"--workdir {str(workdir)!r}: process {failed[0]} cannot write it; give a folder that all hosts can"
+        raise RefineError(cannot if reason else other)
+    if blind:
         raise RefineError(
-            f"--workdir {str(workdir)!r}: cannot be written ({error.strerror}); give another folder"
-        ) from None
+            f"--workdir {str(workdir)!r}: process {blind[0]} does not see what process 0 wrote there; give a folder"
+            " that all hosts share"
+        )
+
+
+def _hosts(fact: bool) -> list[int]:
+    """The processes of which `fact` is true; all of them call it."""
+    return np.flatnonzero(multihost_utils.process_allgather(np.array([fact])).ravel()).tolist()
 
 
 def write_config(workdir: Path, config: ml_collections.ConfigDict) -> None:

@@ -296,8 +296,8 @@ def _scaled_grey(image: Image.Image) -> Image.Image:
 
 
 def _painted(image: Image.Image) -> np.ndarray:
-    """Grey times opacity `[H, W] uint8`, rounded up; on a transparent sheet that shows colours, or black alone, the
-    opacity itself."""
+    """Grey times opacity `[H, W] uint8`, rounded up; of a transparent sheet painted in colours, or in black alone, the
+    opacity itself. It is one where more is transparent than black."""
     if not image.has_transparency_data:
         return np.asarray(image.convert("RGB" if image.mode in ("P", "CMYK") else "L").convert("L"))
     image = image.convert("RGBA")
@@ -306,7 +306,8 @@ def _painted(image: Image.Image) -> np.ndarray:
     if alpha.min() == 255:
         return shown.astype(np.uint8)
     colours = np.asarray(image)[alpha > 0][:, :3]
-    drawn = not shown.any() or (colours.min(axis=1) != colours.max(axis=1)).any()
+    sheet = np.count_nonzero(alpha == 0) > np.count_nonzero(~colours.any(axis=1))
+    drawn = not shown.any() or (sheet and (colours.min(axis=1) != colours.max(axis=1)).any())
     return (alpha if drawn else shown).astype(np.uint8)
 
 

@@ -1,6 +1,5 @@
 """One door to weights: "tiny", a model folder, a folder of PyTorch files (a pipeline, BAGEL, RvR), or a hub name."""
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -271,12 +270,11 @@ def resolve(model: str | os.PathLike) -> Path:
             f"model {model!r}: this installation holds no bundled model; train it ({bundled[1]}) and give the folder"
             " that the run wrote, WORKDIR/model"
         )
-    with contextlib.suppress(OSError, ValueError):
-        if folder.is_file():
-            raise RefineError(
-                f"model {str(model)!r}: is a file; give 'tiny', the folder of a model or of a diffusers pipeline, or"
-                " owner/name (a LoRA is given beside a model, as lora)"
-            )
+    if _test(folder, Path.is_file):
+        raise RefineError(
+            f"model {str(model)!r}: is a file; give 'tiny', the folder of a model or of a diffusers pipeline, or"
+            " owner/name (a LoRA is given beside a model, as lora)"
+        )
     if not isinstance(model, str) or not _HUB_NAME.fullmatch(model):
         raise RefineError(f"model {str(model)!r}: no such model; give 'tiny', the folder of a model, or owner/name")
     from huggingface_hub import snapshot_download
@@ -290,6 +288,14 @@ def resolve(model: str | os.PathLike) -> Path:
             f"model {model!r}: is no folder here, and cannot be had from the model hub ({type(error).__name__}: "
             f"{reason}); download it elsewhere and give its folder"
         ) from None
+
+
+def _test(path: Path, what: Callable[[Path], bool]) -> bool:
+    """`what(path)`; False of a name that no file system can hold."""
+    try:
+        return what(path)
+    except (OSError, ValueError):
+        return False
 
 
 def weighted_file(text: str) -> tuple[str, float]:
@@ -315,9 +321,8 @@ def _adapters(given: LoraLike | Sequence[LoraLike] | None) -> list[tuple[Path, f
             raise RefineError(f"lora {item!r}: give a file, a pair (file, weight), or a list of these")
         if not isinstance(weight, (int, float)) or not np.isfinite(weight):
             raise RefineError(f"lora {str(path)!r}: weight {weight!r}, give a finite number")
-        with contextlib.suppress(OSError, ValueError):  # a name that no file system can hold: reading it says more
-            if not Path(path).exists():
-                raise RefineError(f"{path}: no such file; give a LoRA as .safetensors")
+        if _test(Path(path), lambda file: not file.exists()):
+            raise RefineError(f"{path}: no such file; give a LoRA as .safetensors")
         found.append((Path(path), float(weight)))
     return found
 

@@ -194,24 +194,26 @@ class ModelConfig:
         grids: Sequence[Size],
         present: Sequence[bool],
         length: int,
-        cut: Callable[[int], Any] = lambda tokens: None,
+        cut: Callable[[int, int], Any] = lambda tokens, most: None,
     ) -> prompts.TokenizedPrompt:
         """A prompt of at most `length` tokens, for training: a longer instruction loses its end.
 
-        grids, present: as in `prompts.encode_prompt`. cut: called with the tokens of the whole prompt where it is.
-        Raises `RefineError` where the pictures alone are too long.
+        grids, present: as in `prompts.encode_prompt`. cut: called, where it does, with the tokens of the whole prompt
+        and the most that the model reads. Raises `RefineError` where the pictures alone are too long.
         """
         merge = self.vl.vision.spatial_merge_size
-        length = min(length, self.prompt.drop_tokens + self.prompt.max_tokens)
+        most = self.prompt.drop_tokens + self.prompt.max_tokens
+        given, length = length, min(length, most)
         without_limit = dataclasses.replace(self.prompt, max_tokens=2**31)
         encode = lambda text: prompts.encode_prompt(tokenizer, without_limit, text, grids, merge, present)
         encoded = encode(text)
         if len(encoded) > length:
-            cut(len(encoded))
+            cut(len(encoded), most)
         while len(encoded) > length:
             if not text:
+                remedy = "give more" if given < most else f"the model reads {most} at most, take smaller views"
                 raise RefineError(
-                    f"data.text_length {length}: template and pictures alone take {len(encoded)} tokens; give more"
+                    f"data.text_length {given}: template and pictures alone take {len(encoded)} tokens; {remedy}"
                 )
             text = text[: -max(1, (len(encoded) - length) // 4)]
             encoded = encode(text)

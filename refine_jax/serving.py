@@ -149,6 +149,8 @@ class Door:
             for order, row in enumerate(job.rows):
                 key = row.bucket.base if self.batch_size is None else row.bucket
                 groups.setdefault(key, []).append((number, order))
+        if progress and self._progress.counts and isinstance(self.weights, executables.Later):
+            self.weights.arrays()  # its bar comes before ours, which would call it compiling
         results: dict[tuple[int, int], Any] = {}
         for members in groups.values():
             size = self.most_rows

@@ -331,6 +331,16 @@ def test_the_command_rewrites_and_describes_lora_files(made, tmp_path, capsys):
 BOX = ["--box", "0,0,8,8", "--prompt", "x"]
 
 
+def test_what_is_missing_is_said_before_a_model_is_fetched(tmp_path):
+    with pytest.raises(RefineError, match="none.safetensors: no such file"):
+        loading.load("no/such-model-anywhere", adapters=[str(tmp_path / "none.safetensors")])
+    with pytest.raises(RefineError, match="give a file, a pair"):
+        loading.load("no/such-model-anywhere", adapters=[0.5])
+    (tmp_path / "whole.safetensors").write_bytes(b"x")
+    with pytest.raises(RefineError, match="whole.safetensors': is a file"):
+        loading.load(tmp_path / "whole.safetensors", adapters=None)
+
+
 @pytest.mark.parametrize("name", ["no/such-model-anywhere", "owner/name@revision"])
 def test_a_hub_name_where_there_is_no_network(name, monkeypatch):
     import huggingface_hub

@@ -151,7 +151,7 @@ def test_import_of_a_folder(source, tmp_path):
         (folder / "prompt").mkdir(exist_ok=True)
         (folder / "prompt" / f"pair{number}.txt").write_text(line["instruction"] + "\n")
     out = tmp_path / "set"
-    (folder / "mask" / "pair1.webp").write_bytes((folder / "mask" / "pair0.png").read_bytes())
+    Image.fromarray(toy.pair(2)[2]).save(folder / "mask" / "pair1.webp", lossless=True)
     assert run("data", "import", folder, "--output", out, "--quiet") == 0
     dataset = records.Dataset(out)
     assert [dataset[k].instruction for k in range(3)] == [toy.pair(k + 1)[-1] for k in range(3)]

@@ -305,7 +305,7 @@ def exported(tmp_path):
         mask = np.zeros((48, 64), np.uint8)
         mask[20:30, 20 : 40 + number] = 255
         image = np.where(mask[..., None] > 0, image, target)
-        return writer.make_record(image, target, mask, f"Refine {number}", kind="ab"[number % 2])
+        return writer.make_record(image, target, mask, f"Refine {number}", kind=["all", "b"][number % 2])
 
     data = tmp_path / "held"
     export.export(writer.write_dataset(tmp_path / "set", make, 6, {"kind": "toy"}).folder, data)
@@ -332,7 +332,8 @@ def test_results_on_pairs_are_scored(exported, capsys):
         perfect["all"]["mse"][0] == 0 and perfect["all"]["ssim"][0] == pytest.approx(1) and copy["all"]["seam"][0] > 1
     )
     assert perfect["all"]["mse_first"][0] == 0 and perfect["all"]["background"] == 1 and idle["all"]["background"] == 0
-    assert (perfect["a"]["count"], perfect["b"]["count"]) == (3, 2) and perfect["a"]["background"] == 0
+    assert [perfect[f"kind {kind!r}"]["count"] for kind in ("all", "b")] == [3, 2]
+    assert perfect["kind 'all'"]["background"] == 0
     rows = json.loads((exported / "scores" / "samples.json").read_text())
     assert [row["name"] for row in rows] == ["000000", "000001", "000002", "000004", "000005"]
     assert rows[-1]["perfect"]["background"] == 1
@@ -363,10 +364,14 @@ def test_pairs_that_cannot_be_scored(exported, monkeypatch, capsys, words, messa
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind, option", [("heldout", "--data"), ("world", "--results"), ("heldout", "--initial")])
+@pytest.mark.parametrize(
+    "kind, option",
+    [("heldout", "--data=x"), ("world", "--results=x"), ("heldout", "--initial=x"), ("heldout", "--feather=paper")]
+    + [("pairs", "--model=x"), ("pairs", "--batch=3"), ("heldout", "--rounds=2"), ("world", "--vae-only")],
+)
 def test_options_of_another_set_are_refused(capsys, kind, option):
-    assert cli.main(["evaluate", "--set", kind, option, "x"]) == 2
-    assert f"{option}: is not of --set {kind}" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--set", kind, option]) == 2
+    assert f"{option.split('=')[0]}: is not of --set {kind}" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------- before/after

@@ -397,7 +397,18 @@ def test_strokes_of_several_colours_on_a_transparent_sheet_count_alike():
     sheet = np.zeros((1, 5, 4), np.uint8)
     sheet[0, :3] = [(255, 255, 255, 255), (255, 0, 0, 255), (0, 0, 0, 255)]
     sheet[0, 3] = (0, 90, 0, 128)
-    np.testing.assert_array_equal(read_mask(sheet, (5, 1)), [[255, 255, 255, 128, 0]])
+    sheet = np.pad(sheet, ((0, 0), (0, 2), (0, 0)))  # more is transparent than black
+    np.testing.assert_array_equal(read_mask(sheet, (7, 1)), [[255, 255, 255, 128, 0, 0, 0]])
+
+
+@pytest.mark.parametrize("white", [(255, 255, 255), (255, 255, 254), (255, 0, 0)])
+def test_a_black_mask_with_a_transparent_pixel_is_no_sheet(white):
+    mask = np.zeros((10, 10, 4), np.uint8)
+    mask[..., 3] = 255
+    mask[2:4, 2:4, :3] = white
+    mask[0, 0] = 0
+    found = read_mask(mask, (10, 10))
+    assert (found > 0).sum() == 4 and (found[2:4, 2:4] == 255).all()
 
 
 def test_masks_painted_on_a_transparent_sheet():

@@ -579,6 +579,20 @@ def test_slurm_sigterm_before_the_step_is_known(cloud):
     assert calls(cloud, "scancel") == [["scancel", "--signal=TERM", "7"]]
 
 
+def test_slurm_sigterm_before_slurm_knows_the_step(cloud, place):
+    late = (place / "tools" / "srun").read_text().replace("(echo", "(sleep 1; echo")
+    (cloud / "srun").write_text(late)
+    (cloud / "srun").chmod(0o755)
+    path = f"{cloud}:{os.environ['PATH']}"
+    with batch("bash", "-c", SAVES, PATH=path, REFINE_JAX_AGAIN="0.7") as job:
+        while not calls(cloud, "srun"):
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        job.stdout.read()
+    assert job.returncode == 0 and calls(cloud, "scontrol") == [["scontrol", "requeue", "7"]]
+    assert len(calls(cloud, "scancel")) > 1
+
+
 @pytest.mark.parametrize("code, runs, end", [(0, 1, 0), (2, 1, 2), (1, 1, 1), (75, 1, 0), (134, 3, 134)])
 def test_slurm_exit_codes(cloud, code, runs, end):
     with batch("bash", "-c", f"echo run; exit {code}", REFINE_JAX_MAX_RESTARTS="2") as job:
@@ -686,18 +700,21 @@ print("together", jax.process_index(), jax.process_count(), ids, flush=True)
 if os.environ["HOW"] == "fail" and jax.process_index() == 1:
     sys.exit(distributed.leave(1))
 checkpoint._SHARED = 0.5
-checkpoint.claim(Path(os.environ["WORKDIR"]))
+checkpoint.claim(Path(os.environ["SHARED"]))
 try:
-    checkpoint.claim(Path(os.environ["WORKDIR"], str(jax.process_index())))
+    checkpoint.claim(Path(os.environ["SHARED"], str(jax.process_index())))
 except RefineError as error:
     print("apart", error, flush=True)
 first = 300
 with checkpoint.Preemption() as preemption:
+    print("listens", flush=True)
     if os.environ["HOW"] == "early":
-        time.sleep(2)
+        time.sleep(4)
     preemption.go_on_from(first)
     for step in range(first + 1, 10**6):
         time.sleep(0.05)
+        if step == first + 3:
+            print("goes on", flush=True)
         if preemption.reached(step):
             print("saved", step, flush=True)
             sys.exit(distributed.leave(75))
@@ -710,7 +727,7 @@ def test_local_real_processes(how, tmp_path):
     """Two processes of jax.distributed: they meet; SIGTERM ends both with 75, at one step of a run that goes on, also
     where it comes before its first; the failure of one ends both at once. Work folders of each process are refused."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "HOW": how, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    env["WORKDIR"] = str(tmp_path / "work")
+    env["SHARED"] = str(tmp_path / "work")
     with local("--processes", "2", "--grace", "1", "--", sys.executable, "-c", REAL, env=env) as job:
         said = []
         while len(said) < 2:
@@ -718,15 +735,17 @@ def test_local_real_processes(how, tmp_path):
             assert line, "they did not meet"
             said += [line] if "together" in line else []
         assert sorted(said) == ["[0] together 0 2 [0, 1]\n", "[1] together 1 2 [0, 1]\n"]
-        met = time.monotonic()
+        met, rest = time.monotonic(), ""
         if how != "fail":
-            time.sleep(1 if how == "early" else 3)
+            while rest.count({"early": "listens", "late": "goes on"}[how]) < 2:
+                rest += job.stdout.readline()
             job.send_signal(signal.SIGTERM)
-        rest = job.stdout.read()
+        rest += job.stdout.read()
         assert job.wait(60) == (1 if how == "fail" else 75)
         assert time.monotonic() - met < 30
     if how != "fail":
         assert rest.count("apart --workdir") == 2 and "process 1 does not see what process 0 wrote" in rest
+        assert sorted(path.name for path in (tmp_path / "work").rglob("*")) == ["0", "1"]
         steps = re.findall(r"saved (\d+)", rest)
         assert len(steps) == 2 and steps[0] == steps[1]
         assert steps[0] == "301" if how == "early" else int(steps[0]) > 301

@@ -1,5 +1,6 @@
 """Datasets on the disk: what goes in comes out, what is damaged is named, what is killed continues."""
 
+import contextlib
 import io
 import json
 import os
@@ -241,6 +242,16 @@ def test_workers_write_the_same(whole, tmp_path):
     assert records.verify(records.Dataset(whole))[1] == {"toy": 12}
 
 
+def processes() -> dict[int, tuple[int, str]]:
+    """Those of this machine: number -> (that of the parent, state)."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text().rpartition(")")[2].split()[:2]
+            found[int(path.parent.name)] = int(parent), state
+    return found
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_killed_writer_continues_to_identical_bytes(whole, tmp_path, workers):
     """SIGKILL while a shard is being written: what is finished is kept, the rest is made, the bytes are the same. A
@@ -260,11 +271,12 @@ def test_a_killed_writer_continues_to_identical_bytes(whole, tmp_path, workers):
     while not finished.exists() or not list(shards.glob("00001*.partial")):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    helpers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-    assert len(helpers) >= workers
+    helpers = [pid for pid, (parent, _) in processes().items() if parent == child.pid]
+    spawned = [pid for pid in helpers if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(spawned) == workers
     child.send_signal(signal.SIGKILL)
     child.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in helpers):
+    while any(processes().get(pid, (0, "Z"))[1] != "Z" for pid in helpers):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     with pytest.raises(RefineError, match="unfinished dataset; run the command"):

@@ -277,8 +277,9 @@ def test_prompts_of_any_length(tokenizer, text):
     fitted = model.fit_prompt(tokenizer, text, [grid], [True], 320)
     assert len(fitted) <= 320 and fitted.image_index.max() == merged_tokens(grid, 2) - 1
     told = []
-    model.fit_prompt(tokenizer, text, [grid], [True], 320, told.append)
-    assert (len(told) == 1 and told[0] > 320) if len(text) > 100 else not told
+    model.fit_prompt(tokenizer, text, [grid], [True], 320, lambda *cut: told.append(cut))
+    most = model.prompt.drop_tokens + model.prompt.max_tokens
+    assert [most] == [of for tokens, of in told if tokens > 320] if len(text) > 100 else not told
     with pytest.raises(RefineError, match="data.text_length 4: template and pictures alone take"):
         model.fit_prompt(tokenizer, text, [grid], [True], 4)
     if len(text) > 100:

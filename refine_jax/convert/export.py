@@ -108,8 +108,8 @@ def export_diffusers(
     new folder, which that class's `from_pretrained` loads, and which may stand for a pipeline's `transformer/`.
 
     source: a folder that `convert` or the trainer wrote; its VAE and encoder are those of the pipeline that it came
-    from, or have no counterpart there, and are not written. Weights keep their dtype. shard: most bytes of a file of
-    several tensors. Raises `RefineError` as `export_bagel` does.
+    from, and are not written: a model whose encoder was trained too needs this library. Weights keep their dtype.
+    shard: most bytes of a file of several tensors. Raises `RefineError` as `export_bagel` does.
     """
     source, target = Path(source), Path(target)
     if target.exists():

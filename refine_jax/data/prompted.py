@@ -21,17 +21,20 @@ class Cut:
     def __init__(self, length: int):
         self.count, self.most, self._length = 0, 0, length
 
-    def __call__(self, tokens: int) -> None:
+    def __call__(self, tokens: int, most: int) -> None:
         self.count, self.most = self.count + 1, max(self.most, tokens)
         if self.count == 1:
+            limit, remedy = f"data.text_length {self._length}", "give more to keep it"
+            if most <= self._length:
+                limit, remedy = f"the {most} that the model reads", "shorten it"
             text = f"an instruction takes {tokens} tokens with its pictures, and loses what is above"
-            tqdm.write(f"{text} data.text_length {self._length}; give more to keep it", file=sys.stderr)
+            tqdm.write(f"{text} {limit}; {remedy}", file=sys.stderr)
 
     def close(self) -> None:
         """Say how many they were."""
         if self.count > 1:
-            text = f"{self.count} instructions lost their end at data.text_length {self._length}"
-            tqdm.write(f"{text}; the longest took {self.most} tokens", file=sys.stderr)
+            text = f"{self.count} instructions lost their end; the longest took {self.most} tokens"
+            tqdm.write(text, file=sys.stderr)
         self.count = 0
 
 

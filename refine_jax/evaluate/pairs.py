@@ -149,7 +149,7 @@ def summarise(
     groups = {"all": list(range(len(kinds)))}
     if len(set(kinds)) > 1:
         for kind in sorted(set(kinds)):
-            groups[kind or "no kind"] = [k for k, other in enumerate(kinds) if other == kind]
+            groups[f"kind {kind!r}"] = [k for k, other in enumerate(kinds) if other == kind]
     summary = {}
     for group, rows in groups.items():
         # No seam where a mask covers the whole picture.
@@ -201,11 +201,12 @@ def _names(results: Sequence[str | os.PathLike]) -> list[str]:
     """What the results are called: the folder's name, the whole path where two have the same."""
     if not results:
         raise RefineError("--results: give the output folder of refine-jax batch; repeatable")
-    short = [Path(folder).resolve().name for folder in results]
-    names = short if len({*short, COPY, "target"}) == len(short) + 2 else [str(folder) for folder in results]
-    if len({Path(folder).resolve() for folder in results}) < len(results):
-        raise RefineError(f"--results {', '.join(names)}: one folder is there twice")
-    return names
+    whole = [Path(folder).resolve() for folder in results]
+    if len(set(whole)) < len(whole):
+        raise RefineError(f"--results {', '.join(map(str, results))}: one folder is there twice")
+    short = [folder.name for folder in whole]
+    free = not {*short} & {COPY, "input", "target", "reference", "name", "kind"}
+    return short if free and len(set(short)) == len(short) else [str(folder) for folder in whole]
 
 
 def _entries(folder: Path) -> Sequence[build.Entry]:
@@ -235,10 +236,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the options ask. Raises `RefineError` for one that belongs to another set."""
-    foreign = ("lora", "quantize", "write_recipe", "vae_only", "quick", "margin", "initial", "editing", "count")
-    if given := [name for name in foreign if getattr(args, name)]:
-        raise RefineError(f"--{given[0].replace('_', '-')}: is not of --set pairs; leave it out")
+    """Do what the options ask."""
     if not args.data:
         raise RefineError("--data: missing; give a folder of refine-jax data export")
     output = "scores" if args.output is None else args.output

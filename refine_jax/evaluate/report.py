@@ -206,8 +206,9 @@ def folder(output: str | os.PathLike) -> Path:
 
 
 def rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample's scores with six digits."""
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+    """A sample's scores with six digits; None where there is none (NaN)."""
+    digits = lambda v: float(f"{v:.6g}") if math.isfinite(v) else None
+    return {k: digits(v) if isinstance(v, float) else v for k, v in values.items()}
 
 
 def save(image: Image.Image, path: str | os.PathLike) -> None:

@@ -136,10 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the options ask. Raises `RefineError` for one that belongs to the other set."""
-    foreign = ("write_recipe", "vae_only", "quick", "margin", "data", "results")
-    if given := [name for name in foreign if getattr(args, name)]:
-        raise RefineError(f"--{given[0].replace('_', '-')}: is not of --set world; leave it out")
+    """Do what the options ask."""
     folder = main(
         args.model,
         "world" if args.output is None else args.output,
