@@ -713,8 +713,6 @@ with checkpoint.Preemption() as preemption:
     preemption.go_on_from(first)
     for step in range(first + 1, 10**6):
         time.sleep(0.05)
-        if step == first + 3:
-            print("goes on", flush=True)
         if preemption.reached(step):
             print("saved", step, flush=True)
             sys.exit(distributed.leave(75))
@@ -722,10 +720,10 @@ with checkpoint.Preemption() as preemption:
 """
 
 
-@pytest.mark.parametrize("how", ["early", "late", "fail"])
+@pytest.mark.parametrize("how", ["early", "fail"])
 def test_local_real_processes(how, tmp_path):
-    """Two processes of jax.distributed: they meet; SIGTERM ends both with 75, at one step of a run that goes on, also
-    where it comes before its first; the failure of one ends both at once. Work folders of each process are refused."""
+    """Two processes of jax.distributed: they meet; SIGTERM before the first step of a run that goes on ends both with
+    75 after it; the failure of one ends both at once. Work folders of each process are refused."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "HOW": how, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     env["SHARED"] = str(tmp_path / "work")
     with local("--processes", "2", "--grace", "1", "--", sys.executable, "-c", REAL, env=env) as job:
@@ -736,19 +734,18 @@ def test_local_real_processes(how, tmp_path):
             said += [line] if "together" in line else []
         assert sorted(said) == ["[0] together 0 2 [0, 1]\n", "[1] together 1 2 [0, 1]\n"]
         met, rest = time.monotonic(), ""
-        if how != "fail":
-            while rest.count({"early": "listens", "late": "goes on"}[how]) < 2:
+        if how == "early":
+            while rest.count("listens") < 2:
                 rest += job.stdout.readline()
             job.send_signal(signal.SIGTERM)
         rest += job.stdout.read()
         assert job.wait(60) == (1 if how == "fail" else 75)
         assert time.monotonic() - met < 30
-    if how != "fail":
+    if how == "early":
         assert rest.count("apart --workdir") == 2 and "process 1 does not see what process 0 wrote" in rest
         assert sorted(path.name for path in (tmp_path / "work").rglob("*")) == ["0", "1"]
         steps = re.findall(r"saved (\d+)", rest)
-        assert len(steps) == 2 and steps[0] == steps[1]
-        assert steps[0] == "301" if how == "early" else int(steps[0]) > 301
+        assert steps == ["301", "301"]
 
 
 @pytest.mark.parametrize(

@@ -662,7 +662,9 @@ def test_shipped_recipes_can_be_told_what_to_go_on_from():
         load_config(toy.CONFIGS / "tiny.py", {"lora.init_from": "a.safetensors"})
 
 
-def test_a_lora_is_trained_on_records(base, tmp_path, cache):
+def test_a_lora_is_trained_on_records(base, tmp_path, cache, monkeypatch):
+    """On a known chip with the share of its peak that the needed operations took."""
+    monkeypatch.setattr(flops, "chip", lambda device: flops.Chip("some", 1e9, 1.0, 1.0, 1.0))
     command = ["data", "synth", "--output", str(tmp_path / "data"), "--count", "6", "--size", "256,256"]
     assert cli.main(command) == 0
     config = lora_config(base)
@@ -671,8 +673,11 @@ def test_a_lora_is_trained_on_records(base, tmp_path, cache):
     config.data = dict(source="records", path=str(tmp_path / "data"), buckets=((32, 96),), text_length=112, workers=0)
     folder = train(config, tmp_path / "run", progress=False)
     assert (folder / objectives.LORA_FILE).is_file() and (tmp_path / "run" / "pictures" / "00000002.png").is_file()
-    line = final(tmp_path / "run")[2][-1]
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["step"] == 2 and np.isfinite(line["loss"]) and "corrupt_records" not in line
+    objective = objectives.make(config)
+    needed = flops.of_step(config, objective.model, objective.batch_shapes()[0]).total
+    np.testing.assert_allclose(line["mfu"], needed * line["images_per_second"] / config.batch_size / 1e9, rtol=1e-3)
     config.data.validation = str(tmp_path / "nothing")  # said before the first step
     with pytest.raises(RefineError, match="nothing"):
         train(config, tmp_path / "other", progress=False)
@@ -743,18 +748,6 @@ def test_bad_loras(base, tmp_path, changes, words):
         train(config, tmp_path / "run", progress=False)
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-
-
-def test_a_known_chip_gives_mfu(base, tmp_path, monkeypatch, cache):
-    """The share of the chip's peak that the needed operations took."""
-    config = lora_config(base)
-    config.save_every, config.log_every = 4, 4
-    monkeypatch.setattr(flops, "chip", lambda device: flops.Chip("some", 1e9, 1.0, 1.0, 1.0))
-    train(config, tmp_path / "run", progress=False)
-    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    objective = objectives.make(config)
-    needed = flops.of_step(config, objective.model, objective.batch_shapes()[0]).total
-    np.testing.assert_allclose(line["mfu"], needed * line["images_per_second"] / config.batch_size / 1e9, rtol=1e-3)
 
 
 def test_a_whole_model_is_trained_further(base, tmp_path, cache):
