@@ -48,6 +48,9 @@ from refine_jax.models.splash import block_size
 from refine_jax.refine import WIDE_TEXT_BUCKETS, reference_room, view_tokens
 from refine_jax.refine_programs import Reference, Spec, refine_program
 
+# A kernel's text has the places of the source that made it: marks would tell installations apart.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
 TABLE = ROOT / "docs" / "pods.md"
