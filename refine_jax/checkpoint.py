@@ -308,17 +308,18 @@ def claim(workdir: Path) -> None:
         reason = str(error.strerror)
     cannot = f"--workdir {str(workdir)!r}: cannot be written ({reason}); give another folder"
     if jax.process_count() == 1:
-        mark.unlink(missing_ok=True)
         if reason:
             raise RefineError(cannot)
+        mark.unlink()
         return
     failed = _hosts(bool(reason))
     deadline = time.monotonic() + _SHARED  # a network's folder may lag
-    while not (failed or mark.exists()) and time.monotonic() < deadline:
+    while not (failed or _exists(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    blind = [] if failed else _hosts(not mark.exists())
+    blind = [] if failed else _hosts(not _exists(mark))
     if jax.process_index() == 0:
-        mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            mark.unlink()
     if failed:
         other = f"--workdir {str(workdir)!r}: process {failed[0]} cannot write it; give a folder that all hosts can"
         raise RefineError(cannot if reason else other)
@@ -327,6 +328,12 @@ def claim(workdir: Path) -> None:
             f"--workdir {str(workdir)!r}: process {blind[0]} does not see what process 0 wrote there; give a folder"
             " that all hosts share"
         )
+
+
+def _exists(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.exists()
+    return False
 
 
 def _hosts(fact: bool) -> list[int]:
