@@ -395,14 +395,16 @@ def _convert(args: argparse.Namespace) -> None:
     if args.dialect == "diffusers" and args.weights:
         raise RefineError("--weights: is of BAGEL; leave it out with --dialect diffusers")
     if args.dialect and not of_lora:
+        from refine_jax import loading
         from refine_jax.convert import export
 
         if args.model:
             raise RefineError(f"--model: is of LoRA files; leave it out with --dialect {args.dialect}")
+        source = loading.resolve(args.source)
         if args.dialect == "bagel":
-            written = export.export_bagel(args.source, args.target, weights=args.weights, progress=not args.quiet)
+            written = export.export_bagel(source, args.target, weights=args.weights, progress=not args.quiet)
         else:
-            written = export.export_diffusers(args.source, args.target, progress=not args.quiet)
+            written = export.export_diffusers(source, args.target, progress=not args.quiet)
         print(f"wrote {written}")
         return
     if convert.is_lora(args.source):
