@@ -280,8 +280,8 @@ class Preemption:
     def go_on_from(self, first: int) -> None:
         """A run continues after step `first`; every process calls it, before its first `reached`.
 
-        The service counts calls, and names a number of calls after which all stop; it waits for that very number, so
-        those of the steps before are made up for. What it named meanwhile holds for the next step.
+        The service names the step after the furthest that any process has asked about, and says yes to that one alone:
+        where a signal came before, to step 1. So the steps before are asked about; a yes holds for the next one.
         """
         if jax.process_count() > 1:
             calls = [multihost_utils.reached_preemption_sync_point(step) for step in range(1, first + 1)]

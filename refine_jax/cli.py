@@ -242,12 +242,9 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         "With --set pairs: score what refine-jax batch made of your own pairs.",
     )
     if command == "evaluate":
-        from refine_jax.evaluate import heldout, pairs, small_world
+        from refine_jax.evaluate import command as evaluations
 
-        heldout.add_arguments(evaluate)
-        small_world.add_arguments(evaluate)
-        pairs.add_arguments(evaluate)
-        evaluate.set_defaults(left_out=vars(evaluate.parse_args([])))
+        evaluations.add_arguments(evaluate)
     return parser
 
 
@@ -439,24 +436,11 @@ def _data(args: argparse.Namespace, overrides: dict[str, str]) -> None:
     build.run(args, overrides)
 
 
-# The options of `refine-jax evaluate` besides --set, --output and --quiet.
-_MODEL = ("model", "lora", "dtype", "quantize", "batch", "count")
-_OF_SETS = {
-    "heldout": (*_MODEL, "judges", "seeds", "margin", "quick", "vae_only", "write_recipe"),
-    "world": (*_MODEL, "rounds", "initial", "editing", "seed"),
-    "pairs": ("data", "results", "feather"),
-}
-
-
 def _evaluate(args: argparse.Namespace) -> None:
-    from refine_jax.evaluate import heldout, pairs, small_world
+    from refine_jax.evaluate import command as evaluations
 
-    known = ("set", "output", "quiet", *_OF_SETS[args.set])
-    for name, value in args.left_out.items():
-        if name not in known and getattr(args, name) != value:
-            raise RefineError(f"--{name.replace('_', '-')}: is not of --set {args.set}; leave it out")
     _keep_programs_of_accelerators()
-    {"heldout": heldout, "world": small_world, "pairs": pairs}[args.set].run(args)
+    evaluations.run(args)
 
 
 def _batch_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:

@@ -71,10 +71,7 @@ def export_bagel(
     they were stored, or like the embeddings. What the sampler's settings say has no place in that layout. Raises
     `RefineError` for another model, a target that exists, a store that does not fit its manifest.
     """
-    source, target = Path(source), Path(target)
-    if target.exists():
-        raise RefineError(f"{target}: exists; give another folder, or remove it first")
-    manifest = checkpoint.read_manifest(source)
+    source, target, manifest = _begin(source, target)
     if "bagel" not in manifest:
         raise RefineError(f"{source}: is no BAGEL or RvR model; only those have the released layout of BAGEL")
     model = BagelModel.from_manifest(manifest)
@@ -111,10 +108,7 @@ def export_diffusers(
     from, and are not written: a model whose encoder was trained too needs this library. Weights keep their dtype.
     shard: most bytes of a file of several tensors. Raises `RefineError` as `export_bagel` does.
     """
-    source, target = Path(source), Path(target)
-    if target.exists():
-        raise RefineError(f"{target}: exists; give another folder, or remove it first")
-    manifest = checkpoint.read_manifest(source)
+    source, target, manifest = _begin(source, target)
     if "mmdit" not in manifest:
         raise RefineError(f"{source}: holds no MMDiT; a BAGEL or RvR model is written with --dialect bagel")
     model = ModelConfig.from_manifest(manifest)
@@ -145,6 +139,13 @@ def transformer_config(mmdit: MMDiTConfig) -> dict[str, Any]:
     config |= {"axes_dims_rope": list(mmdit.axes_dims_rope), "guidance_embeds": False}
     # Versions of diffusers from before Edit-2511 do not know the field.
     return config | ({"zero_cond_t": True} if mmdit.zero_cond_t else {})
+
+
+def _begin(source: str | os.PathLike, target: str | os.PathLike) -> tuple[Path, Path, dict[str, Any]]:
+    """Both as paths, and the manifest of `source`. Raises `RefineError` for a target that exists."""
+    if Path(target).exists():
+        raise RefineError(f"{target}: exists; give another folder, or remove it first")
+    return Path(source), Path(target), checkpoint.read_manifest(source)
 
 
 def configs(model: BagelModel) -> dict[str, dict[str, Any]]:

@@ -121,13 +121,6 @@ def main(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this evaluation besides those of `heldout`; `run` takes what they parse to."""
-    parser.add_argument(
-        "--set",
-        choices=("heldout", "world", "pairs"),
-        default="heldout",
-        help="refined words and logos, pictures of the small world, or results of refine-jax batch on your own pairs"
-        " (default: %(default)s)",
-    )
     world_only = parser.add_argument_group("--set world")
     world_only.add_argument("--rounds", metavar="N", type=int, default=3, help="of regeneration (default: %(default)s)")
     world_only.add_argument("--initial", metavar="DIR", help="take the initial pictures of that evaluation")
