@@ -91,6 +91,17 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
             shown()  # what is wrong is said before the first step
         return _batches(config, model, buckets, source.tokenizer(), sources())
 
+    def held_out() -> Iterator:
+        if not data.get("validation"):
+            raise RefineError(
+                "validation.every: the loss is measured on pairs that are not trained on; set data.validation to a "
+                "dataset of such"
+            )
+        still = ml_collections.ConfigDict(config.to_dict())
+        still.data.update(text_dropout=0.0, workers=0)
+        still.data.sources = dict(validation=dict(weight=1.0))
+        return _batches(still, model, buckets, source.tokenizer(), {"validation": shown()[1]})
+
     def batch_shapes() -> list[dict[str, Any]]:
         return [
             {
@@ -166,6 +177,7 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
         load=load,
         adapts=bool(adapter),
         initial=initial if (adapter.get("init_from") if adapter else config.init_from) else None,
+        held_out=held_out,
         batch_shapes=batch_shapes,
         sampler=sampler,
         samples=samples,

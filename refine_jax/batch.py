@@ -293,7 +293,7 @@ class Doors:
     def _load(self, name: str) -> serving.Door:
         config = self._config
         common = dict(
-            dtype=config.dtype,
+            dtype=config.dtype or None,
             quantize=config.quantize or None,
             later=True,
             mesh=self.mesh,

@@ -8,11 +8,13 @@ with one orbax checkpoint a network (converted ones; each device reads its own p
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,8 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from refine_jax import distributed, parallel
-from refine_jax.errors import RefineError, listed
+from refine_jax.convert.reader import DTYPES
+from refine_jax.errors import RefineError, listed, out_of_memory
 from refine_jax.models import quantize
 
 MANIFEST = "refine_jax.json"
@@ -146,24 +149,69 @@ def load_weights(
     path = folder / WEIGHTS
     flat: dict[str, Any] = {}
     scales = quantize.quantized_paths(wanted)
+    with _stored(path) as stored:
+        names = {n for n in stored.keys() if n.split("/", 1)[0] in abstract}
+        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
+        _account(path, shapes, {name: leaf for name, leaf in wanted.items() if name not in scales.values()})
+        for name in sorted(names):
+            array = stored.get_tensor(name)
+            if name in scales:
+                parts = _quantized(f"{path}: {name}", change(name, array))
+            else:
+                parts = [array.astype(dtype) if dtype and _floating(array) else array]
+            for own, part in zip((name, scales.get(name)), parts):
+                flat[own] = part if placed is None else parallel.put(part, placed[own])
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def stored_sizes(folder: str | Path) -> Counter[str]:
+    """Bytes of a model folder's weights by the dtype in which they are stored; reads headers alone.
+
+    Raises `RefineError` where `load_weights` would.
+    """
+    folder, sizes = Path(folder), Counter()
+    if (folder / ORBAX).is_dir():
+        for path in sorted(path for path in (folder / ORBAX).iterdir() if path.is_dir()):
+            with _restoring(path) as (_, stored):
+                for leaf in stored.values():
+                    sizes[np.dtype(leaf.dtype).name] += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+        return sizes
+    with _stored(folder / WEIGHTS) as stored:
+        for name in stored.keys():
+            held = stored.get_slice(name)
+            if kind := DTYPES.get(held.get_dtype()):
+                sizes[kind.name] += math.prod(held.get_shape()) * kind.itemsize
+    return sizes
+
+
+@contextlib.contextmanager
+def _stored(path: Path) -> Iterator[Any]:
+    """The safetensors file of a model folder, opened. Raises `RefineError` for one that cannot be read."""
     try:
         with safe_open(path, framework="numpy") as stored:
-            names = {n for n in stored.keys() if n.split("/", 1)[0] in abstract}
-            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
-            _account(path, shapes, {name: leaf for name, leaf in wanted.items() if name not in scales.values()})
-            for name in sorted(names):
-                array = stored.get_tensor(name)
-                if name in scales:
-                    parts = _quantized(f"{path}: {name}", change(name, array))
-                else:
-                    parts = [array.astype(dtype) if dtype and _floating(array) else array]
-                for own, part in zip((name, scales.get(name)), parts):
-                    flat[own] = part if placed is None else parallel.put(part, placed[own])
+            yield stored
     except FileNotFoundError:
         raise RefineError(f"{path}: no such file; the model folder is incomplete") from None
     except (SafetensorError, OSError) as error:
         raise RefineError(f"{path}: cannot be read ({error}); copy or write the model folder again") from None
-    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+@contextlib.contextmanager
+def _restoring(path: Path) -> Iterator[tuple[ocp.PyTreeCheckpointer, dict[str, Any]]]:
+    """(what reads an orbax checkpoint, the metadata of its leaves). Raises `RefineError` for one that is damaged."""
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(path).item_metadata
+            if metadata is None:
+                raise ValueError("its metadata are missing or cut off")
+            yield checkpointer, traverse_util.flatten_dict(metadata.tree, sep="/")
+    except RefineError:
+        raise
+    except Exception as error:  # orbax reports a damaged array with the base class
+        if distributed.lost_peer(error) or out_of_memory(error):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise RefineError(f"{path}: cannot be read ({reason}); copy or convert the model again") from None
 
 
 def _quantized(name: str, kernel: Any, scale: Any = None) -> tuple[Any, Any]:
@@ -204,36 +252,23 @@ def _load_orbax(
         own = {name.split("/", 1)[1]: leaf for name, leaf in wanted.items() if name.startswith(network + "/")}
         scales = quantize.quantized_paths(own)
         where = {name: None if placed is None else placed[f"{network}/{name}"] for name in own}
-        try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
-                metadata = checkpointer.metadata(path).item_metadata
-                if metadata is None:
-                    raise ValueError("its metadata are missing or cut off")
-                stored = metadata.tree
-                stored = traverse_util.flatten_dict(stored, sep="/")
-                there = {name: leaf for name, leaf in own.items() if name not in scales.values()}
-                _account(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, there)
-                flat, left = {}, {}
-                for name, leaf in there.items():
-                    kind = stored[name].dtype
-                    if dtype and name not in scales and jnp.issubdtype(kind, jnp.floating):
-                        kind = np.dtype(dtype)
-                    left[name] = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=where[name])
-                # The largest first: what is there in full has as little as can be beside it.
-                for name in sorted(scales, key=lambda name: -left[name].size):
-                    kernel = _restore(checkpointer, path, {name: left.pop(name)}, partial=True)[name]
-                    kernel, full = change(f"{network}/{name}", kernel), f"{path}: {name}"
-                    flat[name], flat[scales[name]] = _quantized(full, kernel, where[scales[name]])
-                    del kernel
-                flat |= _restore(checkpointer, path, left, partial=bool(scales))
-                trees[network] = traverse_util.unflatten_dict(flat, sep="/")
-        except RefineError:
-            raise
-        except Exception as error:  # orbax reports a damaged array with the base class
-            if distributed.lost_peer(error):
-                raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-            raise RefineError(f"{path}: cannot be read ({reason}); copy or convert the model again") from None
+        with _restoring(path) as (checkpointer, stored):
+            there = {name: leaf for name, leaf in own.items() if name not in scales.values()}
+            _account(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, there)
+            flat, left = {}, {}
+            for name, leaf in there.items():
+                kind = stored[name].dtype
+                if dtype and name not in scales and jnp.issubdtype(kind, jnp.floating):
+                    kind = np.dtype(dtype)
+                left[name] = jax.ShapeDtypeStruct(leaf.shape, kind, sharding=where[name])
+            # The largest first: what is there in full has as little as can be beside it.
+            for name in sorted(scales, key=lambda name: -left[name].size):
+                kernel = _restore(checkpointer, path, {name: left.pop(name)}, partial=True)[name]
+                kernel, full = change(f"{network}/{name}", kernel), f"{path}: {name}"
+                flat[name], flat[scales[name]] = _quantized(full, kernel, where[scales[name]])
+                del kernel
+            flat |= _restore(checkpointer, path, left, partial=bool(scales))
+            trees[network] = traverse_util.unflatten_dict(flat, sep="/")
     return trees
 
 

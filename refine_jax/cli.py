@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from refine_jax import __version__, distributed
-from refine_jax.errors import Preempted, RefineError
+from refine_jax.errors import Preempted, RefineError, out_of_memory
+from refine_jax.limits import DTYPES
 
 
 def _box(text: str) -> tuple[int, ...]:
@@ -81,7 +82,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         choices=("released", "checkpoint"),
         help="noise schedule (default: released, for a converted model)",
     )
-    refine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    refine.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 for weights stored so, else float32")
     refine.add_argument("--quantize", choices=("int8",), help="keep large matrices in 8 bits")
     refine.add_argument("--steps", metavar="N", type=_positive, help="denoising steps (default: the model's)")
     refine.add_argument("--true-cfg", metavar="S", type=float, help="true CFG scale; 1 is off (default: the model's)")
@@ -127,9 +128,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         painting.add_argument(
             "--lora", metavar="F[:WEIGHT]", action="append", default=[], help="LoRA weights; repeatable"
         )
-        painting.add_argument(
-            "--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s"
-        )
+        painting.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 for weights stored so, else float32")
         painting.add_argument("--quantize", choices=("int8",), help="keep large matrices in 8 bits")
         painting.add_argument(
             "--steps", metavar="N", type=_positive, help="points of the time grid (default: the model's)"
@@ -215,7 +214,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
         command_.add_argument("--model", metavar="tiny|FOLDER|OWNER/NAME", help="of refine requests")
         command_.add_argument("--regenerator", metavar="tiny|FOLDER|OWNER/NAME", help="of the others")
         command_.add_argument("--batch-size", metavar="N", type=_positive, help="rows of every program")
-        command_.add_argument("--dtype", choices=("float32", "bfloat16"))
+        command_.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 for weights stored so, else float32")
         command_.add_argument("--quantize", choices=("int8",), help="keep large matrices in 8 bits")
         command_.add_argument(
             "--lora", metavar="F[:WEIGHT]", action="append", help="LoRA weights of --model, any dialect; repeatable"
@@ -590,7 +589,7 @@ def _main(argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+        if not out_of_memory(error):
             raise
         reason = next(iter(str(error).strip().splitlines()), "MemoryError")[:200]
         remedy = (

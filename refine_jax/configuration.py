@@ -25,6 +25,7 @@ OPTIONAL: dict[str, Any] = {
     "prompt": "",
     "remat": "",
     "scan": None,
+    "validation": None,
     "condition_area": 0,
     "vae_area": 0,
     "data.margin_jitter": 0.0,

@@ -17,6 +17,11 @@ class Preempted(Exception):
         super().__init__(f"preempted: {what}; run the same command again to continue")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a device had too little memory; XLA says so in words alone."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def listed(items: Iterable[str]) -> str:
     """Every offender, sorted, for a message; of a hostile file's millions the first 5000 and how many more."""
     items = sorted(name if name.isprintable() and len(name) <= 400 else repr(name[:400]) for name in items)

@@ -18,6 +18,7 @@ TIME = (0.0, 1.0)
 ASPECT = (1 / 16, 16.0)  # width / height of a crop
 RENORMS = ("text_channel", "channel", "global")
 FEATHERS = ("released", "paper")
+DTYPES = ("float32", "bfloat16")  # of weights and computation
 
 
 def whole(name: str, value: Any, bounds: tuple[int, int]) -> int:

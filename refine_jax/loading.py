@@ -1,5 +1,6 @@
 """One door to weights: "tiny", a model folder, a folder of PyTorch files (a pipeline, BAGEL, RvR), or a hub name."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -16,12 +17,13 @@ from flax import traverse_util
 from flax.linen import meta
 from tqdm import tqdm
 
-from refine_jax import checkpoint, executables, flow, parallel, prompts
+from refine_jax import checkpoint, executables, flow, memory, parallel, prompts
 from refine_jax.bagel import BagelModel, Marks
 from refine_jax.convert import bagel_folder, folders, lora
 from refine_jax.convert.source import Folder, Leaf
 from refine_jax.convert.writer import copy_into
 from refine_jax.errors import RefineError
+from refine_jax.limits import DTYPES
 from refine_jax.model import ModelConfig, Size
 from refine_jax.models.bagel import BagelConfig
 from refine_jax.models.quantize import check_finite, check_kind, quantized_paths
@@ -29,7 +31,6 @@ from refine_jax.models.quantize import quantize as quantize_matrix
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "weights/**", "tokenizer/**"]
-_DTYPES = ("float32", "bfloat16")
 
 # Models of the package: their folders, and what made them. To `Regenerator.load` "tiny" is the second.
 BUNDLED = {
@@ -59,7 +60,7 @@ class Loaded:
 def load(
     model: str | os.PathLike,
     *,
-    dtype: str = "float32",
+    dtype: str | None = None,
     vae_area: int | None = None,
     condition_area: int | None = None,
     vae_sides: Size | None = None,
@@ -77,12 +78,13 @@ def load(
 ) -> Loaded:
     """Load a model; the arguments are those of `Refiner.load` and `Regenerator.load`.
 
-    vae_area, condition_area, scheduler: of the Qwen-Image family; vae_sides, vit_sides, weights: of BAGEL and RvR
-    (`open_model`). quantize: None, or "int8" (`quantized`): matrices are quantised one at a time as they are read, with
-    the adapters that are to be merged. wanted: (who asks, and the kinds of conditioning that will do), as
-    `ModelConfig.require` takes them; checked before any weight is read. Without, whoever calls takes both families.
+    dtype: None is `Source.stored_dtype`. vae_area, condition_area, scheduler: of the Qwen-Image family; vae_sides,
+    vit_sides, weights: of BAGEL and RvR (`open_model`). quantize: None, or "int8" (`quantized`): matrices are quantised
+    one at a time as they are read, with the adapters that are to be merged. wanted: (who asks, and the kinds of
+    conditioning that will do), as `ModelConfig.require` takes them; checked before any weight is read. Without, whoever
+    calls takes both families. Weights that the devices cannot hold are an error before any is read.
     """
-    if dtype not in _DTYPES:
+    if dtype not in (None, *DTYPES):
         raise RefineError(f"dtype {dtype!r}: give 'float32' or 'bfloat16'")
     if scheduler not in (None, "released", "checkpoint"):
         raise RefineError(f"scheduler {scheduler!r}: give 'released' or 'checkpoint'")
@@ -90,8 +92,9 @@ def load(
     given = _adapters(adapters)
     sizes = dict(vae_area=vae_area, condition_area=condition_area, vae_sides=vae_sides, vit_sides=vit_sides)
     settings = {name: value for name, value in sizes.items() if value is not None}
-    source = open_model(model, weights=weights, dtype=dtype, param_dtype=dtype, **settings)
-    config = quantized(source.config, quantize)
+    source = open_model(model, weights=weights, **settings)
+    dtype = dtype or source.stored_dtype()
+    config = quantized(_with_kinds(source.config, dtype=dtype, param_dtype=dtype), quantize)
     if isinstance(config, BagelModel):
         if wanted:
             _require_bagel(config, *wanted)
@@ -111,14 +114,19 @@ def load(
     if wanted and isinstance(config, ModelConfig):
         config.require(*wanted)
     shardings = parallel.param_shardings(boxed, mesh, rules)
+    placed = parallel.placed(abstract, shardings)
+    cheaper = "" if dtype == "bfloat16" else "dtype bfloat16, "
+    smaller = "" if quantize else "quantize int8, "
+    memory.check(
+        placed, f"model {str(model)!r}: its weights", f"give {cheaper}{smaller}or a mesh of more devices (mesh.fsdp)"
+    )
     read = lambda: source.parameters(abstract, shardings, dtype, progress)
     if extra and merge:
         before, after = _by_kernel(extra, abstract)
         extra = {}
         read = lambda: lora.merge(source.parameters(abstract, shardings, dtype, progress, before), after, consume=True)
     if later:
-        place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-        variables = executables.Later(jax.tree.map(place, abstract, shardings), read)
+        variables = executables.Later(placed, read)
     else:
         variables = read()
     extra = jax.tree.map(lambda x: np.asarray(x).astype(dtype), extra)
@@ -140,6 +148,17 @@ class Source:
     def to_train(self) -> Model:
         """The configuration, sampled as `load` has it sampled: what is trained goes on so, in pictures and folders."""
         return _released(self.config) if self.foreign and isinstance(self.config, ModelConfig) else self.config
+
+    def stored_dtype(self) -> str:
+        """What the weights take in memory if nobody asks for more: "bfloat16" where most of them are stored so, or else
+        "float32"."""
+        if self._files is None:
+            sizes = checkpoint.stored_sizes(self.folder)
+        else:
+            sizes = collections.Counter()
+            for leaf in (leaf.abstract for leaves in self._files.leaves.values() for leaf in leaves.values()):
+                sizes[leaf.dtype.name] += leaf.size * leaf.dtype.itemsize
+        return "bfloat16" if 2 * sizes["bfloat16"] > sizes.total() else "float32"
 
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
@@ -202,19 +221,22 @@ def open_model(
             raise RefineError(f"{folder}: is a model folder with its own weights; leave out weights {weights!r}")
         family = BagelModel if "bagel" in manifest else ModelConfig
         _check_settings(family, settings)
-        config = family.from_manifest(manifest, **settings)
-        parts = {name: _with(getattr(config, name), kinds) for name in _NETWORKS[family]}
-        return Source(folder, dataclasses.replace(config, **parts), "source" in manifest, None)
+        config = _with_kinds(family.from_manifest(manifest, **settings), **kinds)
+        return Source(folder, config, "source" in manifest, None)
     files = folders.open_folder(folder, weights)
     _check_settings(files.family, settings)
     return Source(files.folder, files.model(**kinds, **settings), True, files)
 
 
-def _with(config: Any, kinds: Mapping[str, str]) -> Any:
-    """A network's configuration with other dtypes, those of its tower included."""
-    if isinstance(config, BagelConfig):
-        kinds = {**kinds, "vit": dataclasses.replace(config.vit, **kinds)}
-    return dataclasses.replace(config, **kinds)
+def _with_kinds(config: Model, **kinds: str) -> Model:
+    """The configuration with other dtypes in all its networks, BAGEL's tower included."""
+
+    def other(network: Any) -> Any:
+        tower = {"vit": dataclasses.replace(network.vit, **kinds)} if isinstance(network, BagelConfig) else {}
+        return dataclasses.replace(network, **kinds, **tower)
+
+    parts = {name: other(getattr(config, name)) for name in _NETWORKS[type(config)]}
+    return dataclasses.replace(config, **parts)
 
 
 def quantized(config: Model, kind: str | None) -> Model:

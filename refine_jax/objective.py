@@ -19,7 +19,8 @@ class Objective:
     from instead, where they are read from a model. frozen: what the loss only reads, an abstract tree in logical boxes;
     load(shardings) -> its arrays. loss(params, frozen, batch, key) -> (scalar float32, dict of scalars float32).
     batches() -> an iterator, with get_state, set_state and close, of dicts of numpy arrays whose leading axis is this
-    host's part of the batch. batch_shapes() -> the global batch as `jax.ShapeDtypeStruct`s, one tree a bucket.
+    host's part of the batch; held_out() -> one of samples that are not trained on, with nothing left out at random.
+    batch_shapes() -> the global batch as `jax.ShapeDtypeStruct`s, one tree a bucket.
     export(params, frozen, folder) writes the result; where `adapts`, that is a LoRA's file, and made at every save.
     sampler(params, frozen, mesh, rules) -> what makes pictures of requests with the present weights, a list of each,
     where there is such a thing; samples(count) -> requests for it, each with its target under "target"; the mesh and
@@ -35,6 +36,7 @@ class Objective:
     load: Callable[[Any], Any] = lambda shardings: {}
     adapts: bool = False
     initial: Callable[[Any], Any] | None = None
+    held_out: Callable[[], Iterator] | None = None
     batch_shapes: Callable[[], list[dict[str, Any]]] | None = None
     sampler: Callable[..., Callable[[list[dict[str, Any]]], list[Image.Image]]] | None = None
     samples: Callable[[int], list[dict[str, Any]]] | None = None

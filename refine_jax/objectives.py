@@ -84,11 +84,9 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
     vae = QwenVAE(vae_config)
     data = config.data
 
-    def batches(seed: int, rows: Sequence[int]) -> Iterator:
+    def batches(seed: int, rows: Sequence[int], split: str = "train", workers: int = data.workers) -> Iterator:
         source = data.get("source", "synth")
-        return loader.vae_batches(
-            seed, config.batch_size, data.size, "train", source=source, workers=data.workers, rows=rows
-        )
+        return loader.vae_batches(seed, config.batch_size, data.size, split, source=source, workers=workers, rows=rows)
 
     def init(key: jax.Array) -> Any:
         return vae.init(key, jnp.zeros((1, data.size, data.size, 3), jnp.float32))["params"]
@@ -128,7 +126,13 @@ def vae_objective(config: ml_collections.ConfigDict) -> Objective:
         checkpoint.save_model(folder, {"vae": dataclasses.asdict(measured)}, {"vae": params})
 
     own = lambda: parallel.own_rows(config.batch_size, dict(config.mesh))
-    return Objective(init, loss, lambda: batches(config.seed, own()), export)
+    return Objective(
+        init=init,
+        loss=loss,
+        batches=lambda: batches(config.seed, own()),
+        export=export,
+        held_out=lambda: batches(config.seed, own(), "eval", workers=0),
+    )
 
 
 # ----------------------------------------------------------------------------------------------- boundary-weighted flow
@@ -220,6 +224,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
 
     buckets = [tuple(bucket) for bucket in data.buckets]
     pictured = (config.get("pictures") or {}).get("every")
+    validated = (config.get("validation") or {}).get("every")
     viewed = data.get("validation") or data.get("path", "")  # what its pictures are of
     programs = executables.Store()
 
@@ -229,7 +234,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         wanted = cache.made_with(config, model, "")
         del wanted["weights"]
         keys = {data.path: "data.path"}
-        if pictured and viewed != data.path:
+        if (pictured or validated) and viewed != data.path:
             keys[viewed] = "data.validation"
         for path, key in keys.items():
             cache.fitting_caches(path, wanted, key)  # what is wrong is said before the encoder is read
@@ -241,18 +246,32 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         return source.parameters(model.abstract(("vae",)), spread(model.boxed(("vae",))), config.dtype)["vae"]
 
     def batches() -> Iterator:
-        rows = parallel.own_rows(config.batch_size, dict(config.mesh))
+        if pictured and data.source == "records":
+            Dataset(viewed)  # what is wrong is said before the first step
+        return pairs_of(config, "train")
+
+    def held_out() -> Iterator:
+        if data.source in ("records", "cache") and viewed == data.path:
+            raise RefineError(
+                f"validation.every {validated}: the loss is measured on pairs that are not trained on; set "
+                f"data.validation to a {'cache' if cached else 'dataset'} of such"
+            )
+        still = ml_collections.ConfigDict(config.to_dict())
+        still.instruction_dropout = 0.0
+        still.data.update(path=viewed, workers=0, margin_jitter=0.0, reference_dropout=0.0)
+        return pairs_of(still, "eval")
+
+    def pairs_of(config: ml_collections.ConfigDict, split: str) -> Iterator:
+        data, rows = config.data, parallel.own_rows(config.batch_size, dict(config.mesh))
         hosts = dict(rows=rows, workers=data.workers)
         if cached:
             found = opened()[data.path]
             dropout, limit = config.instruction_dropout, data.get("max_corrupt", 0.01)
             return cache.batches(found, config.seed, config.batch_size, dropout=dropout, max_corrupt=limit, **hosts)
         common = dict(seed=config.seed, batch_size=config.batch_size, buckets=buckets, **hosts)
-        if pictured and data.source == "records":
-            Dataset(viewed)  # what is wrong is said before the first step
         if data.source == "synth":
             pairs = loader.refine_batches(
-                split="train",
+                split=split,
                 weights=data.get("weights") or None,
                 reference_share=data.get("reference_share"),
                 labels=bool(aligned),
@@ -261,7 +280,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         elif data.source == "world":
             kind = data.get("pairs", loader.WORLD_PAIRS[0])
             pairs = loader.world_batches(
-                split="train", weights=data.get("weights") or None, pairs=kind, labels=bool(aligned), **common
+                split=split, weights=data.get("weights") or None, pairs=kind, labels=bool(aligned), **common
             )
         elif not masked:
             pairs = loader.whole_batches(Dataset(data.path), max_corrupt=data.get("max_corrupt", 0.01), **common)
@@ -383,6 +402,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         load=load,
         adapts=bool(adapter),
         initial=initial if (adapter.get("init_from") if adapter else config.init_from) else None,
+        held_out=held_out,
         batch_shapes=batch_shapes,
         sampler=sampler,
         samples=samples,

@@ -192,6 +192,13 @@ def shardings_like(tree: Any, params: Any, shardings: Any, otherwise: NamedShard
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def placed(abstract: Any, shardings: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s with their shardings."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+
+
 def fetch(x: Any) -> np.ndarray:
     """An array as numpy, wherever its parts are; every process calls it, and every process gets it."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable and not x.is_fully_replicated:

@@ -320,11 +320,11 @@ def batch(**changes: object) -> ml_collections.ConfigDict:
     """What decides the results of `refine-jax batch`, and how they are computed.
 
     model, regenerator: of refine requests, and of regenerate and generate requests; lora: adapters of each, files or
-    (file, weight), applied live or merged. scheduler, vae_area, condition_area: as `Refiner.load` takes them; "" and 0:
-    the model's own. batch_size: rows of every compiled program. aspects: of focus crops (`refine.ASPECTS`; none: the
-    released geometry). side_step: of the sides of regenerated pictures (`Regenerator.load`; 0: the model's own). mesh:
-    axes of one copy of the model, over as few processes as hold it; copies share the work. changes: other values of
-    top-level keys; dicts are merged.
+    (file, weight), applied live or merged. scheduler, dtype, vae_area, condition_area: as `Refiner.load` takes them; ""
+    and 0: the model's own. batch_size: rows of every compiled program. aspects: of focus crops (`refine.ASPECTS`; none:
+    the released geometry). side_step: of the sides of regenerated pictures (`Regenerator.load`; 0: the model's own).
+    mesh: axes of one copy of the model, over as few processes as hold it; copies share the work. changes: other values
+    of top-level keys; dicts are merged.
     """
     config = ml_collections.ConfigDict()
     config.model = "tiny"
@@ -332,7 +332,7 @@ def batch(**changes: object) -> ml_collections.ConfigDict:
     config.lora = dict(model=(), regenerator=())
     config.merge_lora = False
     config.scheduler = ""
-    config.dtype = "float32"
+    config.dtype = ""
     config.quantize = ""
     config.vae_area = 0
     config.condition_area = 0

@@ -123,7 +123,7 @@ class Refiner(serving.Door):
         *,
         vae_area: int | None = None,
         condition_area: int | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         lora: LoraLike | Sequence[LoraLike] = (),
         merge_lora: bool = False,
         scheduler: str | None = None,
@@ -139,13 +139,14 @@ class Refiner(serving.Door):
         """Load the bundled "tiny" model, a model folder, a pipeline folder of diffusers, or a name of the model hub.
 
         vae_area, condition_area: pixels at which the VAE and the encoder look at an image (default: the model's own).
-        dtype: "float32" or "bfloat16", of weights and computation. lora: a file or folder of LoRA weights in any
-        dialect of `convert.lora`, alone or with its weight, (file, 0.8), or a list of such; merge_lora: add them to the
-        weights instead of applying them live. scheduler: "checkpoint", or "released", RefineAnything's (constant
-        shift); default: released for a converted or foreign checkpoint, whose steps and guidance are then
-        RefineAnything's too (28 steps, true CFG 4.0; with an adapter that its name or header calls Lightning, its
-        number of steps and 1.0). mesh, rules: shard the weights over a mesh (`parallel.make_mesh`); of a converted
-        folder each host reads its part. quantize: "int8" keeps the large matrices in 8 bits.
+        dtype: "float32" or "bfloat16", of weights and computation; default: bfloat16 for weights that are stored so,
+        else float32. lora: a file or folder of LoRA weights in any dialect of `convert.lora`, alone or with its weight,
+        (file, 0.8), or a list of such; merge_lora: add them to the weights instead of applying them live. scheduler:
+        "checkpoint", or "released", RefineAnything's (constant shift); default: released for a converted or foreign
+        checkpoint, whose steps and guidance are then RefineAnything's too (28 steps, true CFG 4.0; with an adapter that
+        its name or header calls Lightning, its number of steps and 1.0). mesh, rules: shard the weights over a mesh
+        (`parallel.make_mesh`); of a converted folder each host reads its part. quantize: "int8" keeps the large
+        matrices in 8 bits.
 
         batch_size: every program has so many rows, and a result has the same bits alone or in any batch
         (`serving`). aspects: widths over heights to which focus crops are grown, so that few programs serve all regions
@@ -153,7 +154,7 @@ class Refiner(serving.Door):
         later: read the weights in the background; the first call waits for them.
 
         Raises `RefineError` for an unknown model or one that regenerates, a damaged folder, adapters that do not fit,
-        or areas that are too small.
+        areas that are too small, or weights that the devices cannot hold.
         """
         loaded = loading.load(
             model,

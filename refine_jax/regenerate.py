@@ -78,7 +78,7 @@ class Regenerator(serving.Door):
         *,
         vae_sides: Size | None = None,
         vit_sides: Size | None = None,
-        dtype: str = "float32",
+        dtype: str | None = None,
         weights: str | None = None,
         lora: LoraLike | Sequence[LoraLike] = (),
         merge_lora: bool = False,
@@ -94,11 +94,10 @@ class Regenerator(serving.Door):
         """Load a model that regenerates: the bundled "tiny", a model folder, a BAGEL or RvR folder, or a hub's name.
 
         vae_sides, vit_sides: longest and shortest side of an image as it is painted and as the tower sees it (default:
-        the model's; released 1024, 512 and 980, 224). dtype: "float32" or "bfloat16", of weights and computation.
-        weights: "rvr" or "ema", where a released folder holds both. lora, merge_lora, quantize, mesh,
-        rules, batch_size, store, later: as `Refiner.load`. side_step: sides of what is painted from a picture are
-        multiples of so many pixels, for which it is stretched a little: few programs serve pictures of all sizes
-        (default: the model's own step, 16 for BAGEL).
+        the model's; released 1024, 512 and 980, 224). weights: "rvr" or "ema", where a released folder
+        holds both. dtype, lora, merge_lora, quantize, mesh, rules, batch_size, store, later: as `Refiner.load`.
+        side_step: sides of what is painted from a picture are multiples of so many pixels, for which it is stretched a
+        little: few programs serve pictures of all sizes (default: the model's own step, 16 for BAGEL).
 
         Raises `RefineError` for an unknown model, a damaged folder, a model that refines regions.
         """

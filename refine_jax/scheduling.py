@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from refine_jax import parallel, serving
-from refine_jax.errors import RefineError
+from refine_jax.errors import RefineError, out_of_memory
 from refine_jax.manifest import Refused, Request
 
 DONE, REFUSED, FAILED = "done", "refused", "failed"
@@ -301,7 +301,7 @@ class Scheduler:
         """A batch that did not run, for want of memory for instance: its requests have failed, others go on."""
         reason = _reason(error)
         # A bucket that is too large for the device says nothing of the others, however often it comes.
-        large = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in reason
+        large = out_of_memory(error)
         with self._failing:
             lost = {id(task): task for task, _ in batch.rows if task.missing > 0}
             for task in lost.values():

@@ -26,6 +26,8 @@ _WHOLE: dict[str, tuple[int, int]] = {
     "optimizer.warmup": (0, 2**31),
     "pictures.count": (1, 1024),
     "pictures.every": (0, 2**31),
+    "validation.batches": (1, 2**20),
+    "validation.every": (0, 2**31),
 }
 _NUMBERS: dict[str, tuple[float, float]] = {
     "alignment.weight": (0.0, math.inf),
@@ -60,6 +62,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "lora": ("rank", "alpha", "targets", "init_from"),
     "pictures": ("every", "count"),
     "sigma": ("distribution", "shift", "mean", "std"),
+    "validation": ("every", "batches"),
 }
 _SPARE = ("sigma.distribution", "sigma.shift", "sigma.mean", "sigma.std", "lora.init_from")
 _SIGMA = ("uniform", "logit_normal")

@@ -24,7 +24,7 @@ from flax import linen as nn
 from flax.linen import meta
 from tqdm import tqdm
 
-from refine_jax import checkpoint, configuration, objectives, parallel, settings
+from refine_jax import checkpoint, configuration, memory, objectives, parallel, settings
 from refine_jax.errors import Preempted, RefineError
 from refine_jax.watch import Watch
 
@@ -106,8 +106,9 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
 class Program:
     """The compiled side of a run: what the loop calls, and what `tools/aot.py` compiles without a device.
 
-    begin(params, key) -> state; step(state, frozen, batch) -> (state, scalars). state, frozen:
-    `jax.ShapeDtypeStruct`s with their shardings. tensors: the names behind the scalar "bad", the index of the first
+    begin(params, key) -> state; step(state, frozen, batch) -> (state, scalars); measure(params, frozen, batch, draw) ->
+    the scalars of the loss, with the noise of the number `draw`. state, frozen: `jax.ShapeDtypeStruct`s with their
+    shardings. tensors: the names behind the scalar "bad", the index of the first
     tensor of a step that is not finite (-1: none).
     """
 
@@ -116,6 +117,7 @@ class Program:
     init: Callable[[jax.Array], Any]
     begin: Callable[[Any, jax.Array], TrainState]
     step: Callable[[TrainState, Any, Any], tuple[TrainState, dict]]
+    measure: Callable[[Any, Any, Any, Any], dict]
     state: TrainState
     frozen: Any
     tensors: list[str]
@@ -154,20 +156,20 @@ def make_program(
         opt_state=parallel.shardings_like(shapes.opt_state, params, placed, whole),
         ema=placed if average else {},
     )
-    abstract = lambda tree, where: jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, where
-    )
-    frozen = abstract(meta.unbox(objective.frozen), parallel.param_shardings(objective.frozen, mesh, rules))
+    frozen = parallel.placed(meta.unbox(objective.frozen), parallel.param_shardings(objective.frozen, mesh, rules))
     tensors: list[str] = []
 
     # ------------------------------------------------------------------ the step
+    def parts_of(batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        # Row i goes to part i mod `accumulate`: every device keeps its rows.
+        split = lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+        return jax.tree.map(split, batch), jax.random.split(key, accumulate)
+
     def gradients(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, dict], Any]:
         gradient = jax.value_and_grad(objective.loss, has_aux=True)
         if accumulate == 1:
             return gradient(params, frozen, batch, key)
-        # Row i goes to part i mod `accumulate`: every device keeps its rows.
-        split = lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
-        parts = jax.tree.map(split, batch), jax.random.split(key, accumulate)
+        parts = parts_of(batch, key)
         first = jax.tree.map(lambda x: x[0], parts)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, frozen, *first))
 
@@ -195,13 +197,23 @@ def make_program(
         tensors[:], bad = _first_bad(checked)
         return TrainState(state.step + 1, state.key, params, opt_state, ema), {**scalars, "bad": bad}
 
+    @partial(jax.jit, out_shardings=whole, compiler_options=options)
+    def measure(params: Any, frozen: Any, batch: Any, draw: jax.Array) -> dict:
+        def scalars(part: tuple[Any, jax.Array]) -> dict:
+            loss, found = objective.loss(params, frozen, *part)
+            return {"loss": loss, **found}
+
+        found = jax.lax.map(scalars, parts_of(batch, jax.random.fold_in(jax.random.key(config.seed), draw)))
+        return jax.tree.map(lambda x: jnp.mean(x, axis=0), found)
+
     return Program(
         mesh=mesh,
         rules=rules,
         init=jax.jit(lambda key: meta.unbox(objective.init(key)), out_shardings=placed),
         begin=jax.jit(begin, donate_argnums=0, out_shardings=shardings),
         step=step,
-        state=abstract(shapes, shardings),
+        measure=measure,
+        state=parallel.placed(shapes, shardings),
         frozen=frozen,
         tensors=tensors,
     )
@@ -235,6 +247,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
     mesh = parallel.make_mesh(dict(config.mesh))
     objective = objectives.make(config)
     program = make_program(config, objective, mesh)
+    memory.check(
+        (program.state, program.frozen),
+        "config: weights, optimizer state and averages",
+        "give a mesh of more devices, config.lora, ema_decay 0 or dtype bfloat16",
+    )
     checkpoint.claim(workdir)
 
     with checkpoint.room(workdir), contextlib.ExitStack() as stack:
@@ -269,6 +286,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
             position = {"iterator": batches.get_state(), "elapsed": watch.elapsed(), **_order(config)}
             checkpoint.save_state(mngr, step, state, position, force=True)
 
+        if not first:
+            watch.validate(0, state.ema or state.params, frozen)
         for done in range(first + 1, config.steps + 1):
             with watch.waiting():
                 batch = parallel.shard_batch(next(batches), mesh, config.batch_size)
@@ -292,6 +311,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
             if stop:
                 checkpoint.finish(mngr)
                 raise Preempted(f"saved at step {done} of {config.steps}")
+            watch.validate(done, state.ema or state.params, frozen)
             watch.pictures(done, state.ema or state.params, frozen)
         checkpoint.finish(mngr)
 

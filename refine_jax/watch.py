@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import ml_collections
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from refine_jax import checkpoint, flops, focus, images
+from refine_jax import checkpoint, flops, focus, images, parallel
 from refine_jax.errors import RefineError
 
 PROFILED_STEPS = 5
@@ -26,10 +26,10 @@ PROFILED_STEPS = 5
 class Watch:
     """What a run tells while it goes; all of it by the first process alone, but for the pictures' computation.
 
-    Under the work folder: `metrics.jsonl`, a line of mean scalars a log; `tensorboard/`, the same and histograms of the
-    steps' seconds (where the package tensorboardX is installed); `pictures/STEP.png`, rows of input, result, target of
-    the objective's samples; `profile/`, a trace of the steps `config.profile` = (first, last), or of the next five
-    after a signal SIGUSR1.
+    Under the work folder: `metrics.jsonl`, a line of mean scalars a log; `validation.jsonl`, a line of the loss on
+    held-out batches; `tensorboard/`, the same and histograms of the steps' seconds (where the package tensorboardX is
+    installed); `pictures/STEP.png`, rows of input, result, target of the objective's samples; `profile/`, a trace of
+    the steps `config.profile` = (first, last), or of the next five after a signal SIGUSR1.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class Watch:
         self._recent: list[dict[str, Any]] = []
         self._seconds: list[float] = []
         self._waited, self._logged, self._moment = 0.0, (first, time.perf_counter()), None
+        self._aside = 0.0  # seconds since the last log that were no training
         self._speaks = jax.process_index() == 0
         self._stack = contextlib.ExitStack()
         count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.state.params))
@@ -67,12 +68,16 @@ class Watch:
         self._samples: list[dict[str, Any]] | None = None
         self._board = None
         if self._speaks:
-            history = workdir / "metrics.jsonl"
-            checkpoint.write_text(history, "".join(line + "\n" for line in _lines(history, first)))
-            self._scalars = self._stack.enter_context(open(history, "a", encoding="utf-8"))
+            self._scalars = self._stack.enter_context(_history(workdir / "metrics.jsonl", first))
             self._board = _board(workdir / "tensorboard", first, self._stack)
             if (config.get("pictures") or {}).get("every") and objective.sampler is None:
                 tqdm.write("pictures: none are made, since this objective has no sampler", file=sys.stderr)
+        self._held_out, self._measured = None, None
+        if (config.get("validation") or {}).get("every"):
+            self._held_out = self._stack.enter_context(contextlib.closing(objective.held_out()))
+            self._from = self._held_out.get_state()
+            if self._speaks:
+                self._measured = self._stack.enter_context(_history(workdir / "validation.jsonl", first))
         self._profile = tuple(config.get("profile", ())) or None
         self._tracing = False
         self._asked = threading.Event()
@@ -124,17 +129,16 @@ class Watch:
                 name = self._program.tensors[bad]
                 raise FloatingPointError(f"{name} is not finite at step {done - len(values) + 1 + offset}")
         means = {k: float(np.mean([v[k] for v in values if k in v])) for k in values[-1] if k != "bad"}
-        rate = (done - before) / (now - moment)
-        means |= {"step": done, "seconds": self.elapsed(), "data_wait": self._waited / (now - moment)}
+        spent = now - moment - self._aside
+        rate = (done - before) / spent
+        means |= {"step": done, "seconds": self.elapsed(), "data_wait": self._waited / spent}
         means["images_per_second"] = rate * self._config.batch_size
         if self._chip is not None:
-            means["mfu"] = self._needed / (now - moment) / (self._chip.flops * self._program.mesh.size)
+            means["mfu"] = self._needed / spent / (self._chip.flops * self._program.mesh.size)
         if corrupt := getattr(self._batches, "corrupt", 0):
             means["corrupt_records"] = corrupt if isinstance(corrupt, int) else len(corrupt)
         if self._speaks:
-            rounded = {k: round(v, 6) if math.isfinite(v) else None for k, v in means.items()}
-            self._scalars.write(json.dumps(rounded) + "\n")
-            self._scalars.flush()
+            _write_line(self._scalars, means)
             shown = ("loss", "grad_norm", "images_per_second", "mfu", "data_wait", "corrupt_records")
             names = {"images_per_second": "images/s", "data_wait": "wait", "corrupt_records": "corrupt"}
             self._bar.set_postfix({names.get(k, k): f"{means[k]:.3g}" for k in shown if k in means}, refresh=False)
@@ -144,19 +148,48 @@ class Watch:
                     self._board.add_scalar(name, value, done)
             if self._seconds:
                 self._board.add_histogram("step_seconds", np.array(self._seconds), done)
-        self._recent, self._seconds, self._waited, self._needed = [], [], 0.0, 0.0
+        self._recent, self._seconds, self._waited, self._needed, self._aside = [], [], 0.0, 0.0, 0.0
         self._logged = (done, time.perf_counter())
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Inside is what counts as no training."""
+        jax.block_until_ready(self._recent)
+        began = time.perf_counter()
+        yield
+        self._aside += time.perf_counter() - began
+        self._moment = None  # this was no step
+
+    def validate(self, done: int, params: Any, frozen: Any) -> None:
+        """Every `config.validation.every` steps, and before the first: the loss on the objective's first
+        `config.validation.batches` held-out batches, each time with the same draws of noise and time."""
+        if self._held_out is None or done % self._config.validation.every:
+            return
+        with self._beside():
+            self._held_out.set_state(self._from)
+            found = []
+            for draw in range(self._config.validation.batches):
+                batch = parallel.shard_batch(next(self._held_out), self._program.mesh, self._config.batch_size)
+                found.append(self._program.measure(params, frozen, batch, np.uint32(draw)))
+            found = jax.device_get(found)
+            means = {name: float(np.mean([value[name] for value in found])) for name in found[0]}
+        if self._speaks:
+            _write_line(self._measured, {"step": done, **means})
+            tqdm.write(f"held out, step {done}: loss {means['loss']:.4g}", file=sys.stderr)
+        if self._board is not None:
+            for name, value in means.items():
+                self._board.add_scalar(f"held_out/{name}", value, done)
 
     def pictures(self, done: int, params: Any, frozen: Any) -> None:
         """Every `config.pictures.every` steps: the objective's samples, made with the present weights."""
         wanted = self._config.get("pictures")
         if not wanted or not wanted.every or self._objective.sampler is None or done % wanted.every:
             return
-        if self._samples is None:
-            self._samples = self._objective.samples(wanted.count)
-        make = self._objective.sampler(params, frozen, self._program.mesh, self._program.rules)
-        results = make([{k: v for k, v in sample.items() if k != "target"} for sample in self._samples])
-        self._moment = None  # this was no step
+        with self._beside():
+            if self._samples is None:
+                self._samples = self._objective.samples(wanted.count)
+            make = self._objective.sampler(params, frozen, self._program.mesh, self._program.rules)
+            results = make([{k: v for k, v in sample.items() if k != "target"} for sample in self._samples])
         if self._speaks:
             grid = _grid([_row(sample, result) for sample, result in zip(self._samples, results)])
             path = self._workdir / "pictures" / f"{done:08d}.png"
@@ -199,6 +232,18 @@ def _board(folder: Path, first: int, stack: contextlib.ExitStack) -> Any:
         return None
     # A resumed run writes over what the killed one wrote after its last checkpoint.
     return stack.enter_context(SummaryWriter(str(folder), purge_step=first + 1))
+
+
+def _history(path: Path, last: int) -> TextIO:
+    """A file of lines to append to, with those up to step `last`."""
+    checkpoint.write_text(path, "".join(line + "\n" for line in _lines(path, last)))
+    return open(path, "a", encoding="utf-8")
+
+
+def _write_line(file: TextIO, values: Mapping[str, float]) -> None:
+    rounded = {k: round(v, 6) if math.isfinite(v) else None for k, v in values.items()}
+    file.write(json.dumps(rounded) + "\n")
+    file.flush()
 
 
 def _lines(history: Path, last: int) -> list[str]:

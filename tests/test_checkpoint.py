@@ -61,6 +61,18 @@ def test_half_precision(tmp_path, dtype):
     assert load_weights(tmp_path, abstract(), dtype="bfloat16")["vae"]["conv"]["bias"].dtype == ml_dtypes.bfloat16
 
 
+def test_stored_sizes(tmp_path, monkeypatch):
+    """Of both forms of a model folder, from the headers."""
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in TREES.items()}
+    save_model(tmp_path / "file", {}, TREES, dtype="bfloat16")
+    assert checkpoint.stored_sizes(tmp_path / "file") == {"bfloat16": 2 * sum(sizes.values())}
+    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    mixed = {**TREES, "mmdit": jax.tree.map(lambda x: x.astype("bfloat16"), TREES["mmdit"])}
+    save_model(tmp_path / "parts", {}, mixed)
+    assert checkpoint.stored_sizes(tmp_path / "parts") == {"bfloat16": 2 * sizes["mmdit"], "float32": 4 * sizes["vae"]}
+    refused(lambda: checkpoint.stored_sizes(tmp_path / "none"), "none", "incomplete")
+
+
 def test_jax_arrays_are_written_like_numpy(tmp_path):
     save_model(tmp_path, {}, jax.tree.map(jax.numpy.asarray, TREES))
     jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path, abstract()), TREES)

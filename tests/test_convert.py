@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
@@ -22,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from refine_jax import checkpoint, flow, loading, objectives, parallel
+from refine_jax import checkpoint, flow, loading, memory, objectives, parallel
 from refine_jax.cli import main
 from refine_jax.convert import convert as converter
 from refine_jax.convert import export, lora, reader, writer
@@ -71,6 +72,41 @@ def test_every_parameter_arrives_through_every_door(made, converted):
             assert same(loaded.variables, jax.tree.map(partial(np.asarray, dtype=dtype), expected))
             assert loaded.config.mmdit.dtype == loaded.config.vl.param_dtype == dtype
             assert loaded.tokenizer.get_vocab_size() == model.vl.text.vocab_size
+
+
+@pytest.mark.parametrize("stored, dtype", [("bfloat16", "bfloat16"), ("float32", "float32"), ("float16", "float32")])
+def test_the_dtype_is_the_stored_one_by_default(made, tmp_path, stored, dtype):
+    _, model, expected = made
+    checkpoint.save_model(tmp_path, model.to_manifest(), expected, dtype=stored)
+    (tmp_path / "tokenizer").symlink_to(made[0] / "tokenizer")
+    loaded = loading.load(tmp_path)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.variables)} == {dtype}
+    assert loaded.config.mmdit.dtype == loaded.config.vae.param_dtype == dtype
+
+
+def test_a_folder_is_loaded_as_most_of_its_weights_are_stored(made, converted):
+    source, model, _ = made
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in model.abstract().items()}
+    dtype = "bfloat16" if 2 * (sizes["mmdit"] + sizes["vl"]) > 4 * sizes["vae"] else "float32"
+    for door in (source, converted):
+        assert loading.open_model(door).stored_dtype() == loading.load(door).config.mmdit.dtype == dtype
+
+
+def test_weights_that_cannot_fit_are_refused_unread(made, converted, monkeypatch):
+    monkeypatch.setattr(memory, "limit", lambda device: 1000)
+    for door in (made[0], converted):
+        with pytest.raises(RefineError, match=r"take \d+\.\d GiB on this machine, which has 0\.0 GiB") as error:
+            loading.load(door, dtype="float32")
+        assert "give dtype bfloat16, quantize int8, or a mesh" in str(error.value)
+    monkeypatch.setattr(memory, "limit", lambda device: None)  # nobody knows
+    assert loading.load(converted).variables
+
+
+def test_limits_are_what_devices_say():
+    device = lambda platform, stats: SimpleNamespace(platform=platform, memory_stats=lambda: stats)
+    assert memory.limit(device("gpu", {"bytes_limit": 5, "bytes_in_use": 1})) == 5
+    assert memory.limit(device("tpu", None)) is None and memory.limit(device("gpu", {"bytes_limit": 0})) is None
+    assert 2**28 < memory.limit(jax.devices()[0]) < 2**50
 
 
 def test_orbax_alone_reads_what_was_written(made, converted):
@@ -361,7 +397,7 @@ def test_a_hub_name_is_downloaded_and_opened(made, monkeypatch):
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **kw: asked.append((name, kw["revision"])) or str(made[0])
     )
-    assert same(loading.load("owner/name@v1").variables, made[2])
+    assert same(loading.load("owner/name@v1", dtype="float32").variables, made[2])
     assert asked == [("owner/name", "v1")]
 
 

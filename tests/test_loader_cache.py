@@ -323,8 +323,15 @@ def test_a_lora_is_trained_from_the_cache(made, tmp_path):
     config.pictures, config.data.validation = dict(every=1, count=3), str(tmp_path / "nothing")
     with pytest.raises(RefineError, match="data.validation '.*nothing': no finished cache"):
         objectives.make(config).batches()
-    config.data.validation = str(folder)
+    config.data.validation, config.validation = str(folder), dict(every=1, batches=1)
+    with pytest.raises(RefineError, match="validation.every 1: .* not trained on; set data.validation to a cache"):
+        objectives.make(config).held_out()
+    other = tmp_path / "other"
+    other.symlink_to(folder)
+    config.data.validation = str(other)
     train(config, tmp_path / "cached", progress=False)
+    told = [json.loads(line) for line in (tmp_path / "cached" / "validation.jsonl").open()]
+    assert [line["step"] for line in told] == [0, 1] and told[0]["loss"] > 0 and told[0].keys() == told[1].keys()
     with Image.open(tmp_path / "cached" / "pictures" / "00000001.png") as shown:  # three rows of three pictures
         assert shown.size[1] == 3 * (128 + 4) and len(shown.getcolors(2**24)) > 1000
     line = json.loads((tmp_path / "cached" / "metrics.jsonl").read_text())

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import load_file
 
-from refine_jax import bagel, bagel_objective, checkpoint, flow, loading, objectives, parallel, recipes
+from refine_jax import bagel, bagel_objective, checkpoint, cli, flow, loading, objectives, parallel, recipes
 from refine_jax.bagel import BagelModel
 from refine_jax.data import packing, sequences, world
 from refine_jax.data.packing import Bucket, Packing
@@ -497,10 +497,16 @@ def test_it_is_trained_whole_and_by_lora(tmp_path):
     lora = dict(rank=2, alpha=4.0, targets="decoder/layers/(und|gen)/(q|o)_proj")
     config = configuration(init_from=str(folder), model={}, lora=lora, ema_decay=0.0)
     config.optimizer.update(learning_rate=0.1, warmup=0)  # two steps are to be seen
-    config.pictures = dict(every=2, count=2)
+    config.pictures, config.validation = dict(every=2, count=2), dict(every=1, batches=1)
+    with pytest.raises(RefineError, match="validation.every: .*set data.validation to a dataset"):
+        train(config, tmp_path / "lora", progress=False)
+    config.data.validation = str(tmp_path / "pairs")
+    assert cli.main(["data", "synth", "--output", config.data.validation, "--count", "2", "--size", "256,256"]) == 0
     out = train(config, tmp_path / "lora", progress=False)
     with Image.open(tmp_path / "lora" / "pictures" / "00000002.png") as shown:
         assert shown.size == (3 * (128 + 4), 2 * (128 + 4))  # input, result, target
+    told = [json.loads(line) for line in (tmp_path / "lora" / "validation.jsonl").open()]
+    assert [line["step"] for line in told] == [0, 1, 2] and all(line["loss"] == line["mse"] for line in told)
     loaded = loading.load(folder, adapters=out / objectives.LORA_FILE)
     leaves = jax.tree.leaves(loaded.lora["bagel"])
     assert leaves and all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in leaves)  # b begins as zeros

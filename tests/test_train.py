@@ -1,5 +1,6 @@
 """The trainer: configurations, overrides, interruption and resumption, divergence, and both objectives end to end."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -250,7 +251,8 @@ def linear(monkeypatch, numbers: Numbers) -> Numbers:
     def export(params, frozen, folder):
         checkpoint.save_model(folder, {}, params)
 
-    monkeypatch.setattr(objectives, "make", lambda config: objectives.Objective(init, loss, lambda: numbers, export))
+    parts = dict(init=init, loss=loss, batches=lambda: numbers, export=export, held_out=Numbers)
+    monkeypatch.setattr(objectives, "make", lambda config: objectives.Objective(**parts))
     monkeypatch.setattr("refine_jax.train.make_program", make_program)  # no other objective's (`cache`)
     return numbers
 
@@ -420,6 +422,42 @@ def test_scalars_step_times_and_a_profile(tmp_path, monkeypatch, capsys):
     assert events.read_bytes().count(b"step_seconds") == 2  # all but the first, which compiles
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_loss_on_held_out_batches(tmp_path, monkeypatch, capsys, accumulate):
+    """Before the first step and then every so many, with the same draws; a resumed run tells the same."""
+    lines = lambda run: [json.loads(line) for line in (tmp_path / run / "validation.jsonl").read_text().splitlines()]
+    config = toy_loop(5, validation=dict(every=2, batches=3), ema_decay=0.0)
+    config.optimizer.accumulate = accumulate
+    if accumulate == 2:
+        config.batch_size = 4
+        monkeypatch.setattr(Numbers, "__next__", lambda self: {"x": np.ones((4, 3), np.float32)})
+    linear(monkeypatch, Numbers())
+    train(config, tmp_path / "straight", progress=False)
+    assert [line["step"] for line in lines("straight")] == [0, 2, 4]
+    assert "held out, step 4: loss " in capsys.readouterr().err
+    (events,) = (tmp_path / "straight" / "tensorboard").glob("events*")
+    assert b"held_out/loss" in events.read_bytes() and b"held_out/size" in events.read_bytes()
+    assert len({line["loss"] for line in lines("straight")}) == 3
+    if accumulate == 1:  # of the initial weights and the first three batches, but for noise of 0.01
+        kernel = np.asarray(jax.random.normal(jax.random.key(config.seed), (3, 2)))
+        batches = Numbers()
+        expected = np.mean([np.mean((next(batches)["x"] @ kernel - 1) ** 2) for _ in range(3)])
+        assert lines("straight")[0]["loss"] == pytest.approx(expected, rel=0.02)
+        linear(monkeypatch, Numbers(fail_at=3))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "killed", progress=False)
+        linear(monkeypatch, Numbers())
+        train(config, tmp_path / "killed", progress=False)
+        assert lines("killed") == lines("straight")
+    linear(monkeypatch, Numbers())
+    config.optimizer.learning_rate = 0.0
+    train(config, tmp_path / "still", progress=False)
+    assert len({line["loss"] for line in lines("still")}) == 1
+    del config.validation
+    train(toy_loop(2), tmp_path / "none", progress=False)
+    assert not (tmp_path / "none" / "validation.jsonl").exists()
+
+
 def test_a_profile_on_request(tmp_path, monkeypatch, capsys):
     class Asking(Numbers):
         def __next__(self):
@@ -498,7 +536,7 @@ def cache(tmp_path_factory):
     made = {}
 
     def once(config, objective, mesh):
-        apart = ("pictures", "save_every", "log_every")  # the loop's, not the step's
+        apart = ("pictures", "validation", "save_every", "log_every")  # the loop's, not the step's
         key = "".join(line for line in flat(config).splitlines() if not line.startswith(apart))
         if key not in made:
             made[key] = make_program(config, objective, mesh)
@@ -594,7 +632,8 @@ def lora_config(model: Path) -> ml_collections.ConfigDict:
 def test_a_lora_is_trained_killed_resumed_and_exported(base, tmp_path, monkeypatch, cache):
     config = lora_config(base)
     drawing = lora_config(base)
-    drawing.pictures = dict(every=2, count=1)  # which changes nothing of the run
+    # Neither changes anything of the run.
+    drawing.pictures, drawing.validation = dict(every=2, count=1), dict(every=2, batches=2)
     folder = train(drawing, tmp_path / "straight", progress=False)
     interrupted(monkeypatch, config, tmp_path / "killed", at=3)
     train(config, tmp_path / "killed", progress=False)
@@ -615,6 +654,8 @@ def test_a_lora_is_trained_killed_resumed_and_exported(base, tmp_path, monkeypat
     refiner = Refiner.load(base, lora=file)
     np.testing.assert_array_equal(refiner.lora["mmdit"]["blocks"]["attn"]["to_q"]["b"], 3 * attention["to_q"]["b"])
     assert np.abs(attention["to_q"]["b"]).max() > 0
+    told = [json.loads(line) for line in (tmp_path / "straight" / "validation.jsonl").open()]
+    assert [line["step"] for line in told] == [0, 2, 4] and all(0 < line["loss"] < 100 for line in told)
     shown = sorted(path.name for path in (tmp_path / "straight" / "pictures").iterdir())
     assert shown == ["00000002.png", "00000004.png"]
     with Image.open(tmp_path / "straight" / "pictures" / shown[0]) as picture:
@@ -681,7 +722,21 @@ def test_a_lora_is_trained_on_records(base, tmp_path, cache, monkeypatch):
     config.data.validation = str(tmp_path / "nothing")  # said before the first step
     with pytest.raises(RefineError, match="nothing"):
         train(config, tmp_path / "other", progress=False)
+    config.pictures.every, config.validation = 0, dict(every=2, batches=1)
+    with pytest.raises(RefineError, match="nothing"):
+        train(config, tmp_path / "other", progress=False)
     config.data.validation = ""
+    with pytest.raises(RefineError, match="validation.every 2: .*set data.validation to a dataset"):
+        train(config, tmp_path / "other", progress=False)
+    assert cli.main([*command[:3], str(tmp_path / "held"), "--count", "2", "--size", "256,256"]) == 0
+    config.instruction_dropout, config.data.reference_dropout = 1.0, 1.0
+    config.data.validation = str(tmp_path / "held")
+    measured = objectives.make(config)
+    with contextlib.closing(measured.held_out()) as held, contextlib.closing(measured.batches()) as own:
+        kept, dropped = next(held), next(own)
+    assert kept["prompt"]["ids"].tolist() != dropped["prompt"]["ids"].tolist() and not dropped["has_reference"].any()
+    config.instruction_dropout, config.data.reference_dropout, config.data.validation = 0.0, 0.0, ""
+    config.validation.every = 0
     dataset = records.Dataset(tmp_path / "data")
     records_toy.damage(dataset.files[0], dataset.read(0))
     shown = objectives.make(config).samples(2)

@@ -30,6 +30,7 @@ from refine_jax.data import synth
 from refine_jax.errors import RefineError
 from refine_jax.evaluate import baselines, judges, metrics, report
 from refine_jax.evaluate.ceiling import vae_ceiling
+from refine_jax.limits import DTYPES
 from refine_jax.loading import weighted_file
 from refine_jax.model import ModelConfig, decode_latents, encode_images
 from refine_jax.refine import Refiner
@@ -494,7 +495,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora", metavar="F[:WEIGHT]", action="append", default=[], help="LoRA weights, any dialect; repeatable"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 for weights stored so, else float32")
     parser.add_argument("--quantize", choices=("int8",), help="keep large matrices in 8 bits")
     parser.add_argument("--output", metavar="DIR", help="folder of the results (default: the set's name)")
     parser.add_argument("--count", metavar="N", type=int, help="samples (default: all of the recipe)")
@@ -523,7 +524,7 @@ def run(args: argparse.Namespace) -> None:
         write_recipe(args.write_recipe)
         print(f"wrote {args.write_recipe}")
     elif args.vae_only:
-        if args.lora or args.quantize or args.dtype != "float32":
+        if args.lora or args.quantize or args.dtype:
             raise RefineError("--vae-only: takes no --lora, --quantize, --dtype; leave them out")
         for kind, row in vae_ceiling(args.model, args.count or 240).items():
             shown = "ratio {:.3f} ({:.3f}–{:.3f})".format(*row["ratio"])
