@@ -51,11 +51,6 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
     architecture `config.model`. `config.conditioning`, `vae_sides`, `vit_sides` replace the model's where they are set.
     """
     adapter, data = config.get("lora"), config.data
-    if config.optimizer.get("accumulate", 1) > 1:
-        raise RefineError(
-            f"optimizer.accumulate {config.optimizer.accumulate}: packed rows are averaged over all answers and "
-            "pictures of a batch, which its parts do not know; set it to 1, and a smaller batch_size"
-        )
     trained = () if adapter else ("bagel",)
     frozen = tuple(name for name in bagel.NETWORKS if name not in trained)
     source, model = _start(config, trained, model)
@@ -178,6 +173,7 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
         adapts=bool(adapter),
         initial=initial if (adapter.get("init_from") if adapter else config.init_from) else None,
         held_out=held_out,
+        share=functools.partial(shared_counts, model),
         batch_shapes=batch_shapes,
         sampler=sampler,
         samples=samples,
@@ -254,8 +250,26 @@ def row_losses(
         one_target=True,
     )
     error = jnp.mean(jnp.square(velocity - (noise - clean)), axis=-1)
-    mse = jnp.sum(jnp.where(scored, error, 0.0)) / jnp.maximum(jnp.sum(scored), 1)
-    return {"mse": mse, "ce": _cross_entropy(network, weights, hidden, batch)}
+    lost = {"mse": jnp.where(scored, error, 0.0), "ce": _cross_entropy(network, weights, hidden, batch)}
+    told = {name: batch[f"{name}_count"][0] for name in lost if f"{name}_count" in batch}
+    counts = told or _counts(model, batch)
+    return {name: jnp.sum(value) / counts[name] for name, value in lost.items()}
+
+
+def _counts(model: BagelModel, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Over how many tokens, at least 1, each loss of a batch of packed rows is a mean."""
+    pictures = batch["painted_noisy"] & (batch["painted_sample"] >= 0)
+    tokens = math.prod(model.grid(batch["painted_pixels"].shape[2:4]))
+    found = {"mse": tokens * jnp.sum(pictures), "ce": jnp.sum(batch["text_scored"] >= 0)}
+    return {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in found.items()}
+
+
+def shared_counts(model: BagelModel, batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
+    """The batch with entries "mse_count" and "ce_count" [B] that make `row_losses` of its parts have, as their mean,
+    that of the whole, whatever each part holds."""
+    rows = len(batch["text_scored"])
+    shares = {f"{name}_count": jnp.full(rows, count / parts) for name, count in _counts(model, batch).items()}
+    return {**batch, **shares}
 
 
 def row_segments(model: BagelModel, batch: Mapping[str, jax.Array]) -> tuple[Segments, Segments, Segments]:
@@ -307,7 +321,7 @@ def picture_segments(batch: Mapping[str, jax.Array], name: str, tokens: int) -> 
 def _cross_entropy(
     network: Bagel, weights: Mapping[str, Any], hidden: jax.Array, batch: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """Mean -log p of the tokens that follow those of `text_scored`; only for them are logits made."""
+    """-log p of the tokens that follow those of `text_scored`, 0 elsewhere; only for them are logits made."""
     at = jnp.maximum(batch["text_scored"], 0)
     # Logits of a part of the tokens on each of the chips that share a row.
     taken = constrain(jnp.take_along_axis(hidden, at[..., None], axis=1), "batch", "text_length", "act_embed")
@@ -315,8 +329,7 @@ def _cross_entropy(
     logits = network.apply(weights, taken, method=Bagel.logits)
     chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     scored = batch["text_scored"] >= 0
-    lost = jnp.where(scored, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
-    return jnp.sum(lost) / jnp.maximum(jnp.sum(scored), 1)
+    return jnp.where(scored, jax.nn.logsumexp(logits, axis=-1) - chosen, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------- the data

@@ -18,6 +18,7 @@ class Objective:
     init(key) -> trained variables in their logical boxes, at random; initial(shardings) -> the values that they start
     from instead, where they are read from a model. frozen: what the loss only reads, an abstract tree in logical boxes;
     load(shardings) -> its arrays. loss(params, frozen, batch, key) -> (scalar float32, dict of scalars float32).
+    share(batch, parts) -> the batch with what its parts must know of the whole, where it is taken apart by rows.
     batches() -> an iterator, with get_state, set_state and close, of dicts of numpy arrays whose leading axis is this
     host's part of the batch; held_out() -> one of samples that are not trained on, with nothing left out at random.
     batch_shapes() -> the global batch as `jax.ShapeDtypeStruct`s, one tree a bucket.
@@ -37,6 +38,7 @@ class Objective:
     adapts: bool = False
     initial: Callable[[Any], Any] | None = None
     held_out: Callable[[], Iterator] | None = None
+    share: Callable[[dict, int], dict] = lambda batch, parts: batch
     batch_shapes: Callable[[], list[dict[str, Any]]] | None = None
     sampler: Callable[..., Callable[[list[dict[str, Any]]], list[Image.Image]]] | None = None
     samples: Callable[[int], list[dict[str, Any]]] | None = None

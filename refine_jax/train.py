@@ -162,6 +162,7 @@ def make_program(
     # ------------------------------------------------------------------ the step
     def parts_of(batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         # Row i goes to part i mod `accumulate`: every device keeps its rows.
+        batch = objective.share(batch, accumulate)
         split = lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
         return jax.tree.map(split, batch), jax.random.split(key, accumulate)
 

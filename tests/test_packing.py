@@ -175,6 +175,27 @@ def test_each_painted_picture_meets_its_own_latents():
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
 
 
+def test_parts_of_a_batch_count_as_the_whole():
+    """`optimizer.accumulate`: rows with few and with many scored tokens, and one with none."""
+    row = packed_row()
+    rng = np.random.default_rng(2)
+    batch = {name: np.stack([value] * 4) for name, value in row.items()}
+    batch["text_scored"][1, 1:], batch["painted_noisy"][1, 1:] = -1, False
+    batch["text_scored"][2], batch["painted_noisy"][2] = -1, False
+    batch["seen_pixels"] = rng.integers(0, 256, batch["seen_pixels"].shape, np.uint8)
+    clean, noise = rng.standard_normal((2, 4, 4 * batch["painted_noisy"].shape[1], 16)).astype(np.float32)
+    t = rng.uniform(0.1, 0.9, batch["painted_noisy"].shape).astype(np.float32)
+    variables = {"bagel": reference.variables()["params"]}
+    losses = jax.jit(lambda *inputs: bagel_objective.row_losses(MODEL, variables, {}, *inputs))
+    whole = losses(batch, clean, noise, t)
+    shared = bagel_objective.shared_counts(MODEL, batch, 2)
+    take = lambda k: jax.tree.map(lambda x: x[k::2], (shared, clean, noise, t))
+    parts = [losses(*take(k)) for k in range(2)]
+    for name in ("mse", "ce"):
+        assert abs(parts[0][name] - parts[1][name]) > 1e-3
+        np.testing.assert_allclose(np.mean([part[name] for part in parts]), whole[name], rtol=1e-5)
+
+
 # -------------------------------------------------------------------------------------------------------------- packing
 
 BUCKETS = [Bucket((64, 64), (56, 56), 3, 50, 30), Bucket((32, 64), (28, 56), 4, 50, 30)]
