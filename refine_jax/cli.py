@@ -161,6 +161,9 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     convert.add_argument(
         "--weights", metavar="ema|rvr", help="which weights of a BAGEL folder, or how to call those that are written"
     )
+    convert.add_argument(
+        "--dtype", choices=DTYPES, help="of what --dialect bagel, diffusers writes (default: as it is)"
+    )
     convert.add_argument("--model", metavar="MODEL", help="what the LoRA adapts (default: the published architecture)")
     convert.add_argument("--inspect", action="store_true", help="say what SRC holds; nothing is written")
     convert.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -390,17 +393,19 @@ def _convert(args: argparse.Namespace) -> None:
     of_lora = args.dialect in ("peft", "comfyui")
     if args.dialect == "diffusers" and args.weights:
         raise RefineError("--weights: is of BAGEL; leave it out with --dialect diffusers")
+    if args.dtype and args.dialect not in ("bagel", "diffusers"):
+        raise RefineError("--dtype: is of --dialect bagel or diffusers; leave it out, weights keep theirs")
     if args.dialect and not of_lora:
         from refine_jax import loading
         from refine_jax.convert import export
 
         if args.model:
             raise RefineError(f"--model: is of LoRA files; leave it out with --dialect {args.dialect}")
-        source = loading.resolve(args.source)
+        source, how = loading.resolve(args.source), dict(dtype=args.dtype, progress=not args.quiet)
         if args.dialect == "bagel":
-            written = export.export_bagel(source, args.target, weights=args.weights, progress=not args.quiet)
+            written = export.export_bagel(source, args.target, weights=args.weights, **how)
         else:
-            written = export.export_diffusers(source, args.target, progress=not args.quiet)
+            written = export.export_diffusers(source, args.target, **how)
         print(f"wrote {written}")
         return
     if convert.is_lora(args.source):

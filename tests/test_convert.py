@@ -120,6 +120,22 @@ def test_orbax_alone_reads_what_was_written(made, converted):
             assert kinds == {"float32" if network == "vae" else "bfloat16"}
 
 
+def test_an_export_may_have_another_dtype(made, converted, tmp_path, capsys):
+    words = ["convert", str(converted), str(tmp_path / "wide"), "--dialect", "diffusers", "--quiet"]
+    assert main([*words, "--dtype", "float32"]) == 0
+    wide = load_file(tmp_path / "wide" / "diffusion_pytorch_model.safetensors")
+    shards = (made[0] / "transformer").glob("*.safetensors")
+    own = {name: array for file in shards for name, array in load_file(file).items()}
+    assert {array.dtype.name for array in wide.values()} == {"float32"} and wide.keys() == own.keys()
+    assert all((wide[name] == own[name].astype(np.float32)).all() for name in own)
+    checkpoint.save_model(tmp_path / "full", made[1].to_manifest(), made[2])
+    back = export.export_diffusers(tmp_path / "full", tmp_path / "narrow", dtype="bfloat16")
+    narrow = load_file(back / "diffusion_pytorch_model.safetensors")
+    assert all(narrow[name].dtype == own[name].dtype and (narrow[name] == own[name]).all() for name in own)
+    assert main(["convert", str(made[0]), str(tmp_path / "no"), "--dtype", "bfloat16"]) == 2
+    assert "--dtype: is of --dialect bagel or diffusers" in capsys.readouterr().err
+
+
 def test_the_manifest_is_readable_and_names_its_sources(made, converted):
     source, model, _ = made
     manifest = checkpoint.read_manifest(converted)

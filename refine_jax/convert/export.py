@@ -29,6 +29,7 @@ from refine_jax.convert.keys_mmdit import TABLE as MMDIT_TABLE
 from refine_jax.convert.mapping import Transform, places
 from refine_jax.convert.writer import copy_into, sync, wait
 from refine_jax.errors import RefineError, listed
+from refine_jax.limits import DTYPES
 from refine_jax.model import ModelConfig
 from refine_jax.models.mmdit import MMDiTConfig
 
@@ -62,14 +63,20 @@ class _Entry(NamedTuple):
 
 
 def export_bagel(
-    source: str | os.PathLike, target: str | os.PathLike, *, weights: str | None = None, progress: bool = False
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    weights: str | None = None,
+    dtype: str | None = None,
+    progress: bool = False,
 ) -> Path:
     """Write a model folder of a BAGEL or RvR model in the released layout; returns the new folder.
 
     source: a folder that `convert` or the trainer wrote. weights: "ema", "rvr" or another name of the file of weights
-    (default: the one that it was converted from, else rvr). Weights keep their dtype, position tables are written as
-    they were stored, or like the embeddings. What the sampler's settings say has no place in that layout. Raises
-    `RefineError` for another model, a target that exists, a store that does not fit its manifest.
+    (default: the one that it was converted from, else rvr). dtype: of the weights ("float32", "bfloat16"; default: as
+    they are); position tables are written as they were stored, or like the embeddings. What the sampler's settings say
+    has no place in that layout. Raises `RefineError` for another model, a target that exists, a store that does not fit
+    its manifest.
     """
     source, target, manifest = _begin(source, target)
     if "bagel" not in manifest:
@@ -85,13 +92,13 @@ def export_bagel(
     abstract = model.abstract()
     stored = {network: _store(source, network, abstract[network]) for network in abstract}
     entries = {
-        network: _entries(places(table, abstract[network]), stored[network])
+        network: _entries(places(table, abstract[network]), stored[network], dtype)
         for network, table in (("bagel", keys_bagel.TABLE), ("vae", FLUX_VAE_TABLE))
     }
     kinds = known.get("position_tables")
     kinds = kinds if isinstance(kinds, dict) else {}
     for key, table in keys_bagel.position_tables(model.bagel).items():
-        kind = kinds.get(key) if kinds.get(key) in _NAMES else stored["bagel"]["embed_tokens"].dtype
+        kind = kinds.get(key) if kinds.get(key) in _NAMES else dtype or stored["bagel"]["embed_tokens"].dtype
         entries["bagel"][key] = _table(table.astype(jnp.dtype(kind)))
     files = {f"{name}.safetensors": entries["bagel"], VAE: entries["vae"]}
     copies = [path for path in sorted((source / "tokenizer").iterdir()) if path.is_file()]
@@ -99,21 +106,27 @@ def export_bagel(
 
 
 def export_diffusers(
-    source: str | os.PathLike, target: str | os.PathLike, *, progress: bool = False, shard: int = _SHARD
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    progress: bool = False,
+    shard: int = _SHARD,
 ) -> Path:
     """Write the MMDiT of a model folder as diffusers' `QwenImageTransformer2DModel.save_pretrained` does; returns the
     new folder, which that class's `from_pretrained` loads, and which may stand for a pipeline's `transformer/`.
 
     source: a folder that `convert` or the trainer wrote; its VAE and encoder are those of the pipeline that it came
-    from, and are not written: a model whose encoder was trained too needs this library. Weights keep their dtype.
-    shard: most bytes of a file of several tensors. Raises `RefineError` as `export_bagel` does.
+    from, and are not written: a model whose encoder was trained too needs this library. dtype: of the weights
+    ("float32", "bfloat16"; default: as they are). shard: most bytes of a file of several tensors. Raises `RefineError`
+    as `export_bagel` does.
     """
     source, target, manifest = _begin(source, target)
     if "mmdit" not in manifest:
         raise RefineError(f"{source}: holds no MMDiT; a BAGEL or RvR model is written with --dialect bagel")
     model = ModelConfig.from_manifest(manifest)
     abstract = model.abstract(("mmdit",))["mmdit"]
-    entries = _entries(places(MMDIT_TABLE, abstract), _store(source, "mmdit", abstract))
+    entries = _entries(places(MMDIT_TABLE, abstract), _store(source, "mmdit", abstract), dtype)
     shards: list[dict[str, _Entry]] = [{}]
     for key, entry in entries.items():
         if shards[-1] and sum(held.nbytes for held in shards[-1].values()) + entry.nbytes > shard:
@@ -261,14 +274,19 @@ def _tensor(tensor: reader.Tensor) -> _Stored:
     return _Stored(tensor.shape, tensor.dtype, read)
 
 
-def _entries(held: Mapping[str, tuple[str, int | None, Transform]], stored: Mapping[str, _Stored]) -> dict[str, _Entry]:
-    """The reference's tensors, each from its leaf."""
+def _entries(
+    held: Mapping[str, tuple[str, int | None, Transform]], stored: Mapping[str, _Stored], dtype: str | None
+) -> dict[str, _Entry]:
+    """The reference's tensors, each from its leaf, as `dtype` (None: its own)."""
+    if dtype not in (None, *DTYPES):
+        raise RefineError(f"dtype {dtype!r}: give {' or '.join(map(repr, DTYPES))}")
     found = {}
     for key, (path, index, how) in held.items():
         leaf = stored[path]
         inner = leaf.shape if index is None else leaf.shape[1:]
         shape = how.inverse(np.broadcast_to(np.zeros((), np.int8), inner)).shape
-        found[key] = _Entry(shape, leaf.dtype, _rows(leaf, index, how), how.axis is None or not shape)
+        kind = np.dtype(dtype) if dtype else leaf.dtype
+        found[key] = _Entry(shape, kind, _rows(leaf, index, how), how.axis is None or not shape)
     return found
 
 
@@ -361,8 +379,8 @@ def _spans(entry: _Entry) -> Iterator[tuple[int, int]]:
 
 def _made(entry: _Entry, first: int, last: int) -> np.ndarray:
     rows = entry.rows(first, last)
-    out = np.empty(rows.shape, rows.dtype)
-    copy_into(out, rows)
+    out = np.empty(rows.shape, entry.dtype)
+    copy_into(out, rows.astype(entry.dtype, copy=False))
     return out
 
 
