@@ -246,11 +246,12 @@ def encode_images(model: BagelModel, variables: Mapping[str, Any], pixels: Array
 
 
 def decode_latents(model: BagelModel, variables: Mapping[str, Any], tokens: Array, size: Size) -> jax.Array:
-    """Latent tokens `[B, N, p·p·C]` -> `[B, h, w, 3] uint8`; fractions are cut off, as the authors' conversion does."""
+    """Latent tokens `[B, N, p·p·C]` -> whole pixels 0…255 `[B, h, w, 3] float32`; fractions are cut off, as the
+    authors' conversion does."""
     z = denormalize(bagel.unpatchify(tokens, model.grid(size), model.bagel), model.vae)
     vae = lambda z: FluxVAE(model.vae).apply({"params": variables["vae"]}, z, method="decode")
     image = each_row(vae, z).astype(jnp.float32)
-    return (jnp.clip(image * 0.5 + 0.5, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+    return jnp.floor(jnp.clip(image * 0.5 + 0.5, 0.0, 1.0) * 255.0)
 
 
 # ----------------------------------------------------------------------------------------------------------- the prefix

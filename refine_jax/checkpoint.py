@@ -40,6 +40,7 @@ WEIGHTS = "weights.safetensors"
 ORBAX = "weights"
 FORMAT = 1
 LARGE = 4 << 30  # bytes: from here on nothing may be gathered on one host
+_CHUNK = 2 << 20  # bytes of a chunk of such a tree
 
 
 # ----------------------------------------------------------------------------------------------- model folders
@@ -87,8 +88,12 @@ def save_model(
         (folder / WEIGHTS).unlink(missing_ok=True)
         with ocp.PyTreeCheckpointer() as checkpointer:
             for network, tree in trees.items():
-                checkpointer.save((folder / ORBAX / network).absolute(), tree, force=True)
+                # A block of a stack alone, for who reads one block after the other (`convert.export`).
+                how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,)), tree)
+                checkpointer.save((folder / ORBAX / network).absolute(), tree, force=True, save_args=how)
     else:
+        if first:
+            shutil.rmtree(folder / ORBAX, ignore_errors=True)
         flat = {}
         for path, leaf in leaves.items():
             array = parallel.fetch(leaf)
@@ -120,7 +125,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _floating(array: np.ndarray) -> bool:
+def _floating(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)  # numpy's own does not know bfloat16
 
 
@@ -150,10 +155,9 @@ def load_weights(
     flat: dict[str, Any] = {}
     scales = quantize.quantized_paths(wanted)
     with _stored(path) as stored:
-        names = {n for n in stored.keys() if n.split("/", 1)[0] in abstract}
-        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in names}
-        _account(path, shapes, {name: leaf for name, leaf in wanted.items() if name not in scales.values()})
-        for name in sorted(names):
+        found = {name: leaf for name, leaf in _header(stored).items() if name.split("/", 1)[0] in abstract}
+        _account(path, found, {name: leaf for name, leaf in wanted.items() if name not in scales.values()})
+        for name in sorted(found):
             array = stored.get_tensor(name)
             if name in scales:
                 parts = _quantized(f"{path}: {name}", change(name, array))
@@ -169,19 +173,24 @@ def stored_sizes(folder: str | Path) -> Counter[str]:
 
     Raises `RefineError` where `load_weights` would.
     """
-    folder, sizes = Path(folder), Counter()
+    folder, sizes, found = Path(folder), Counter(), []
     if (folder / ORBAX).is_dir():
         for path in sorted(path for path in (folder / ORBAX).iterdir() if path.is_dir()):
             with _restoring(path) as (_, stored):
-                for leaf in stored.values():
-                    sizes[np.dtype(leaf.dtype).name] += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-        return sizes
-    with _stored(folder / WEIGHTS) as stored:
-        for name in stored.keys():
-            held = stored.get_slice(name)
-            if kind := DTYPES.get(held.get_dtype()):
-                sizes[kind.name] += math.prod(held.get_shape()) * kind.itemsize
+                found += stored.values()
+    else:
+        with _stored(folder / WEIGHTS) as stored:
+            found += _header(stored).values()
+    for leaf in found:
+        sizes[np.dtype(leaf.dtype).name] += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
     return sizes
+
+
+def _header(stored: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """What an opened safetensors file holds; of a dtype that nobody here knows, bytes."""
+    held = {name: stored.get_slice(name) for name in stored.keys()}
+    kind = lambda slice_: DTYPES.get(slice_.get_dtype(), np.dtype(np.uint8))
+    return {name: jax.ShapeDtypeStruct(slice_.get_shape(), kind(slice_)) for name, slice_ in held.items()}
 
 
 @contextlib.contextmanager
@@ -224,14 +233,14 @@ def _quantized(name: str, kernel: Any, scale: Any = None) -> tuple[Any, Any]:
     return values, scales
 
 
-def _account(path: Path, shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Any]) -> None:
-    offenders = [f"missing {name}" for name in wanted.keys() - shapes.keys()]
-    offenders += [f"unexpected {name}" for name in shapes.keys() - wanted.keys()]
-    offenders += [
-        f"{name} has shape {shapes[name]}, expected {wanted[name].shape}"
-        for name in shapes.keys() & wanted.keys()
-        if shapes[name] != wanted[name].shape
-    ]
+def _account(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    offenders = [f"missing {name}" for name in wanted.keys() - found.keys()]
+    offenders += [f"unexpected {name}" for name in found.keys() - wanted.keys()]
+    for name in found.keys() & wanted.keys():
+        if (shape := tuple(found[name].shape)) != wanted[name].shape:
+            offenders.append(f"{name} has shape {shape}, expected {wanted[name].shape}")
+        if not _floating(found[name]):
+            offenders.append(f"{name} is {np.dtype(found[name].dtype).name}, no floating numbers")
     if offenders:
         raise RefineError(f"{path}: does not fit its manifest: {listed(offenders)}")
 
@@ -254,7 +263,7 @@ def _load_orbax(
         where = {name: None if placed is None else placed[f"{network}/{name}"] for name in own}
         with _restoring(path) as (checkpointer, stored):
             there = {name: leaf for name, leaf in own.items() if name not in scales.values()}
-            _account(path, {name: tuple(leaf.shape) for name, leaf in stored.items()}, there)
+            _account(path, stored, there)
             flat, left = {}, {}
             for name, leaf in there.items():
                 kind = stored[name].dtype

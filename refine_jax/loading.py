@@ -166,6 +166,8 @@ class Source:
             return self._files.tokenizer()
         of_bagel = isinstance(self.config, BagelModel)
         tokenizer = prompts.load_tokenizer(self.folder / "tokenizer", placeholder=not of_bagel)
+        rows = self.config.bagel.vocab_size if of_bagel else self.config.vl.text.vocab_size
+        prompts.check_vocabulary(tokenizer, rows, str(self.folder))
         if of_bagel:
             Marks.of(tokenizer)
         return tokenizer

@@ -247,6 +247,16 @@ def load_tokenizer(folder: str | Path, placeholder: bool = True) -> Any:
     return tokenizer
 
 
+def check_vocabulary(tokenizer: Any, rows: int, where: str) -> None:
+    """Raises `RefineError` for a tokenizer with tokens that embeddings of `rows` rows do not hold."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise RefineError(
+            f"{where}: its tokenizer has token {largest}, its vocab_size is {rows}; copy or download the tokenizer of "
+            "the same model"
+        )
+
+
 def image_token_id(tokenizer: Any) -> int:
     """Id of the image placeholder."""
     if isinstance(tokenizer, tokenizers.Tokenizer):

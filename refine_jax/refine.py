@@ -400,8 +400,8 @@ class Refiner(serving.Door):
 
     # ------------------------------------------------------------------------------------------------- running a bucket
 
-    def launch(self, bucket: Bucket, rows: Sequence[_Region], progress: Progress | None = None) -> Any:
-        """Start a batch; (pictures `[R, H, W, 3]`, crops `[R, h, w, 3]`, both uint8 on the devices).
+    def launch(self, bucket: Bucket, rows: Sequence[_Region], progress: Progress | None = None) -> serving.Launched:
+        """Start a batch; results: (pictures `[R, H, W, 3]`, crops `[R, h, w, 3]`, both uint8).
 
         Crops come only where a region's picture has several, otherwise none.
         """
@@ -431,7 +431,8 @@ class Refiner(serving.Door):
                 inputs["reference"] = self._references(padded, tuple(room))
                 inputs["has_reference"] = np.array([row.reference is not None for row in padded])
             refined = self.sample(refine_program, inputs, spec, progress)
-        return refined.pictures, refined.crops if any(row.several for row in rows) else None
+        results = refined.pictures, refined.crops if any(row.several for row in rows) else None
+        return serving.Launched(results, refined.finite)
 
     @property
     def _patch_area(self) -> int:

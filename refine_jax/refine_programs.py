@@ -54,11 +54,17 @@ class Reference(NamedTuple):
 
 class Refined(NamedTuple):
     """What the program returns, of each region: its picture `[R, H, W, 3] uint8`, the crop `[R, h, w, 3] uint8` as it
-    was generated, and its normalised latents `[R, h', w', C] float32`."""
+    was generated, its normalised latents `[R, h', w', C] float32`, and whether it was made of numbers, `[R] bool`."""
 
     pictures: jax.Array
     crops: jax.Array
     latents: jax.Array
+    finite: jax.Array
+
+
+def finite(pictures: jax.Array) -> jax.Array:
+    """Which of pictures `[B, H, W, 3] float32` are made of numbers, `[B] bool`; in 8 bits all look so."""
+    return jnp.isfinite(pictures).all(axis=(1, 2, 3))
 
 
 def generate(
@@ -189,7 +195,7 @@ def refine_program(
     pictures = jax.lax.map(
         lambda region: focus.paste_back(*region, spec.style), (inputs["pictures"], refined, box, inputs["mask"])
     )
-    return Refined(pictures, refined.astype(jnp.uint8), latents)
+    return Refined(pictures, refined.astype(jnp.uint8), latents, finite(refined))
 
 
 @parallel.program("style")

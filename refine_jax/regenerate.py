@@ -325,8 +325,8 @@ class Regenerator(serving.Door):
 
     # ------------------------------------------------------------------------------------------------- running a bucket
 
-    def launch(self, bucket: Bucket, rows: Sequence[_Request], progress: Progress | None = None) -> Any:
-        """Start a batch; pictures `[R, h, w, 3] uint8` on the devices."""
+    def launch(self, bucket: Bucket, rows: Sequence[_Request], progress: Progress | None = None) -> serving.Launched:
+        """Start a batch; results: pictures `[R, h, w, 3] uint8`."""
         (spec, rounds), (height, width, length) = bucket
         padded = [*rows, *[rows[0]] * (self.rows_of(len(rows)) - len(rows))]
         inputs: dict[str, Any] = {
@@ -337,7 +337,7 @@ class Regenerator(serving.Door):
         grid = self.model.grid(spec.size)
         shape = (grid[0] * grid[1], self.model.bagel.latent_dim)
         with self.placed():
-            pictures, marks = None, bagel.Marks.of(self.tokenizer)
+            pictures, finite, marks = None, np.ones(len(padded), bool), bagel.Marks.of(self.tokenizer)
             if spec.seen is not None:
                 system = bagel.text_ids(self.tokenizer, self.model.system)
                 inputs["system"] = _padded([system] * len(padded), len(system))
@@ -349,8 +349,9 @@ class Regenerator(serving.Door):
                     inputs["keys"] = jnp.stack([_key(row.seed, number, 1) for row in padded])
                 inputs["noise"] = self._noise(padded, number, shape)
                 with progress.show(spec.steps - 1) if progress else contextlib.nullcontext():
-                    pictures = self.sample(bagel_program, inputs, spec, progress, marks=marks).pictures
-        return pictures
+                    painted = self.sample(bagel_program, inputs, spec, progress, marks=marks)
+                pictures, finite = painted.pictures, finite & painted.finite
+        return serving.Launched(pictures, finite)
 
     @staticmethod
     def _noise(rows: Sequence[_Request], number: int, shape: tuple[int, ...]) -> jax.Array:
@@ -421,7 +422,7 @@ class MMDiTRegenerator(Regenerator):
         bucket = Bucket(base, (*_sides_of(picture or blank), length))
         return _job(_Request(bucket, picture, ids, scale, 1.0, seed, noise), rounds)
 
-    def launch(self, bucket: Bucket, rows: Sequence[_Request], progress: Progress | None = None) -> Any:
+    def launch(self, bucket: Bucket, rows: Sequence[_Request], progress: Progress | None = None) -> serving.Launched:
         (spec, rounds, steps, texts), (height, width, length) = bucket
         padded = [*rows, *[rows[0]] * (self.rows_of(len(rows)) - len(rows))]
         batch = lambda k: vars(prompts.pad_prompts([row.ids[k] for row in padded], length))
@@ -439,7 +440,8 @@ class MMDiTRegenerator(Regenerator):
         shape = (*grid, self.model.vae.z_dim)
         with self.placed(), progress.show(steps) if progress else contextlib.nullcontext():
             inputs["noise"] = jnp.stack([self._noise(padded, number, shape) for number in range(rounds)])
-            return self.sample(mmdit_program, inputs, spec, progress).pictures
+            made = self.sample(mmdit_program, inputs, spec, progress)
+        return serving.Launched(made.pictures, made.finite)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers

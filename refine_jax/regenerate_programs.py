@@ -11,7 +11,7 @@ from refine_jax import bagel, conditioning, parallel
 from refine_jax.bagel import BagelModel
 from refine_jax.model import ModelConfig, Size
 from refine_jax.models.bagel import Bagel, generate_text
-from refine_jax.refine_programs import generate
+from refine_jax.refine_programs import finite, generate
 
 # --------------------------------------------------------------------------------------- the Qwen-Image MMDiT's program
 
@@ -31,10 +31,11 @@ class MMDiTSpec:
 
 class Regenerated(NamedTuple):
     """Pictures `[B, h, w, 3] uint8` of the last round (of none: the input at the size), and of every round
-    `[N, B, h, w, 3] uint8`."""
+    `[N, B, h, w, 3] uint8`; finite `[B] bool`: whether all were made of numbers."""
 
     pictures: jax.Array
     rounds: jax.Array
+    finite: jax.Array
 
 
 @parallel.program("model", "spec")
@@ -68,11 +69,11 @@ def mmdit_program(
         arguments = {**given, "noise": noise}
         present = [inputs["has_image"]] * len(seen)
         _, made = generate(model, variables, lora, arguments, seen, present, read, spec.report)
-        return made, made.astype(jnp.uint8)
+        return made, (made.astype(jnp.uint8), finite(made))
 
     picture = first(inputs["pictures"], inputs["box"])
-    picture, rounds = jax.lax.scan(again, picture, inputs["noise"])
-    return Regenerated(picture.astype(jnp.uint8), rounds)
+    picture, (rounds, numbers) = jax.lax.scan(again, picture, inputs["noise"])
+    return Regenerated(picture.astype(jnp.uint8), rounds, jnp.all(numbers, axis=0))
 
 
 # --------------------------------------------------------------------------------------------------- BAGEL's program
@@ -99,10 +100,12 @@ class BagelSpec:
 
 
 class Painted(NamedTuple):
-    """Pictures `[B, h, w, 3] uint8` and the packed latents `[B, N, p·p·C] float32` that they were decoded from."""
+    """Pictures `[B, h, w, 3] uint8` and the packed latents `[B, N, p·p·C] float32` that they were decoded from;
+    finite `[B] bool`: whether they are made of numbers."""
 
     pictures: jax.Array
     latents: jax.Array
+    finite: jax.Array
 
 
 @parallel.program("model", "marks", "spec")
@@ -152,7 +155,8 @@ def bagel_program(
     x = bagel.paint(
         model, variables, lora, marks, context, inputs["noise"], model.grid(spec.size), guidance, spec.report
     )
-    return Painted(bagel.decode_latents(model, variables, x, spec.size), x)
+    pictures = bagel.decode_latents(model, variables, x, spec.size)
+    return Painted(pictures.astype(jnp.uint8), x, finite(pictures))
 
 
 @parallel.program("model", "marks", "seen", "length", "temperature")

@@ -56,6 +56,13 @@ class Job:
     pixels: int
 
 
+class Launched(NamedTuple):
+    """A batch on the devices: results, a tree of arrays, and finite `[R] bool`; rows first, padding behind."""
+
+    results: Any
+    finite: jax.Array
+
+
 class Door:
     """A loaded model that turns requests into pictures."""
 
@@ -95,14 +102,22 @@ class Door:
         """The weights; waits for those that are on their way."""
         return self.weights.arrays() if isinstance(self.weights, executables.Later) else self.weights
 
-    def launch(self, bucket: Bucket, rows: Sequence[Any], progress: Progress | None = None) -> Any:
-        """Start the rows of one bucket, at most `batch_size`; arrays on the devices, rows first, padding behind."""
+    def launch(self, bucket: Bucket, rows: Sequence[Any], progress: Progress | None = None) -> Launched:
+        """Start the rows of one bucket, at most `batch_size`."""
         raise NotImplementedError
 
-    def fetch(self, launched: Any, count: int) -> list[Any]:
-        """Wait for what `launch` returned: of each of the `count` rows its result as numpy arrays."""
+    def fetch(self, launched: Launched, count: int) -> list[Any]:
+        """Wait for what `launch` returned: of each of the `count` rows its result as numpy arrays.
+
+        Raises `RefineError` where one is not made of numbers, which in 8 bits is black.
+        """
         arrays = jax.tree.map(parallel.fetch, launched)
-        return [jax.tree.map(lambda array: array[row], arrays) for row in range(count)]  # noqa: B023
+        if not arrays.finite[:count].all():
+            raise RefineError(
+                "result: holds values that are not finite; look for such in the files of weights and adapters, or give "
+                "dtype float32"
+            )
+        return [jax.tree.map(lambda array: array[row], arrays.results) for row in range(count)]  # noqa: B023
 
     def parts(self, row: Any) -> tuple:
         """Shapes that decide programs of a row besides its bucket's."""

@@ -61,6 +61,35 @@ def test_half_precision(tmp_path, dtype):
     assert load_weights(tmp_path, abstract(), dtype="bfloat16")["vae"]["conv"]["bias"].dtype == ml_dtypes.bfloat16
 
 
+def test_only_floating_numbers_are_weights(tmp_path, monkeypatch):
+    odd = {**TREES, "mmdit": jax.tree.map(lambda x: (9 * x).astype(np.int8), TREES["mmdit"])}
+    for large in (checkpoint.LARGE, 0):
+        monkeypatch.setattr(checkpoint, "LARGE", large)
+        save_model(tmp_path / str(large), {}, odd)
+        refused(lambda: load_weights(tmp_path / str(large), abstract()), "to_q/kernel is int8")  # noqa: B023
+
+
+def test_a_small_model_takes_the_place_of_a_large_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    save_model(tmp_path, {}, jax.tree.map(lambda x: 0 * x, TREES))
+    monkeypatch.undo()
+    save_model(tmp_path, {}, TREES)
+    jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path, abstract()), TREES)
+
+
+def test_a_large_model_is_cut_by_blocks(tmp_path, monkeypatch):
+    """So that `convert.export`, which takes one after the other, reads none twice."""
+    import tensorstore
+
+    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    kernel = jax.numpy.zeros((6, 1024, 520))
+    save_model(tmp_path, {}, {"mmdit": {"blocks": {"kernel": kernel, "scale": jax.numpy.zeros((6, 8))}}})
+    base = {"driver": "file", "path": f"{tmp_path / checkpoint.ORBAX / 'mmdit'}/"}
+    store = {"driver": "ocdbt", "base": base, "path": "blocks.kernel/"}
+    array = tensorstore.open({"driver": "zarr", "kvstore": store}).result()
+    assert array.shape == kernel.shape and array.chunk_layout.read_chunk.shape[0] == 1
+
+
 def test_stored_sizes(tmp_path, monkeypatch):
     """Of both forms of a model folder, from the headers."""
     sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in TREES.items()}

@@ -136,6 +136,27 @@ def test_an_export_may_have_another_dtype(made, converted, tmp_path, capsys):
     assert "--dtype: is of --dialect bagel or diffusers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a%20b", "run#2", "50%", "what?", "a|b"])
+def test_paths_that_are_no_urls(made, tmp_path, name):
+    model = convert(made[0], tmp_path / name / "model")
+    assert same(checkpoint.load_weights(model, made[1].abstract()), made[2])
+    export.export_diffusers(model, tmp_path / name / "back")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(made, tmp_path):
+    folder = shutil.copytree(made[0], tmp_path / "pipeline")
+    tokenizer = loading.open_model(folder).tokenizer()
+    tokenizer.add_tokens([f"token {k}" for k in range(100)])
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    with pytest.raises(RefineError, match="its tokenizer has token .*, its vocab_size is"):
+        loading.load(folder)
+    checkpoint.save_model(tmp_path / "own", made[1].to_manifest(), made[2])
+    shutil.copytree(folder / "tokenizer", tmp_path / "own" / "tokenizer")
+    with pytest.raises(RefineError, match="own: its tokenizer has token"):
+        loading.load(tmp_path / "own")
+
+
 def test_the_manifest_is_readable_and_names_its_sources(made, converted):
     source, model, _ = made
     manifest = checkpoint.read_manifest(converted)

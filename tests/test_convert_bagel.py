@@ -472,7 +472,7 @@ def test_a_token_beyond_the_embeddings_is_noticed(made, tmp_path):
     folder = tmp_path / "source"
     shutil.copytree(made[0], folder)
     edit(folder / "tokenizer_config.json", additional_special_tokens=[f"<|{k}|>" for k in range(40)])
-    with pytest.raises(RefineError, match="token 30[0-9], llm_config.json says vocab_size 288"):
+    with pytest.raises(RefineError, match="token 30[0-9], its vocab_size is 288"):
         loading.load(folder)
 
 

@@ -98,12 +98,15 @@ def expected(updates, dtype=np.float32):
         blocks = {block: update for (own, block), update in updates.items() if own == layer}
         inputs_, outputs = LAYERS[layer][1]
         rank, depth = max(a.shape[1] for a, _, _ in blocks.values()), BLOCKS if "blocks" in layer else 1
-        a, b = np.zeros((depth, inputs_, rank), dtype), np.zeros((depth, rank, outputs), dtype)
+        # float16 loses small numbers, so what is scaled is float32.
+        scaled = dtype == np.float16 and any(alpha not in (None, a.shape[1]) for a, _, alpha in blocks.values())
+        wide = np.float32 if scaled else dtype
+        a, b = np.zeros((depth, inputs_, rank), dtype), np.zeros((depth, rank, outputs), wide)
         for block, (own_a, own_b, alpha) in blocks.items():
             r = own_a.shape[1]
             a[block, :, :r] = own_a
             scale = np.float32(1 if alpha is None else alpha / r)
-            b[block, :r] = own_b if scale == 1 else (own_b.astype(np.float32) * scale).astype(dtype)
+            b[block, :r] = own_b if scale == 1 else (own_b.astype(np.float32) * scale).astype(wide)
         ranks[layer] = tuple(blocks[i][0].shape[1] if i in blocks else 0 for i in range(depth))
         leaves |= {f"{layer}/a": a if "blocks" in layer else a[0], f"{layer}/b": b if "blocks" in layer else b[0]}
     return traverse_util.unflatten_dict(leaves, sep="/"), ranks
@@ -151,6 +154,18 @@ def test_reads(style, dtype, tmp_path):
         adapter = read_adapter(path, ABSTRACT)
         assert_same(adapter.trees, trees)
         assert adapter.ranks == ranks and adapter.dialects == (STYLES[style][0],)
+
+
+def test_a_scale_loses_no_small_numbers_of_float16(tmp_path):
+    layer = next(layer for layer in LAYERS if "blocks" not in layer)
+    inputs_, outputs = LAYERS[layer][1]
+    b = (1e-4 * randn(3, 128, outputs)).astype(np.float16)
+    file = write(tmp_path, "alpha-keys", {(layer, 0): (randn(2, inputs_, 128).astype(np.float16), b, 1.0)})
+    adapter = read_adapter(file, ABSTRACT)
+    found = traverse_util.flatten_dict(dict(adapter.trees), sep="/")[f"{layer}/b"]
+    np.testing.assert_array_equal(found, b.astype(np.float32) / 128)
+    found = traverse_util.flatten_dict(combine([adapter], [2**-10]), sep="/")[f"{layer}/b"]
+    np.testing.assert_array_equal(found, b.astype(np.float32) / 2**17)
 
 
 targets = [(layer, block) for layer in LAYERS for block in range(BLOCKS if "blocks" in layer else 1)]
@@ -480,6 +495,8 @@ def test_all_offenders_in_one_error(tmp_path):
         "recursion|Expecting": "[" * 100_000,
         "asks for more than LoRA: use_dora": '{"use_dora": true}',
         "asks for more than LoRA: peft_type": '{"peft_type": "IA3"}',
+        "changed base .*path_initial_.*: init_lora_weights pissa_niter_4": '{"init_lora_weights": "PISSA_niter_4"}',
+        "changed base .*: init_lora_weights olora": '{"r": 2, "lora_alpha": 4, "init_lora_weights": "olora"}',
         "ranks that disagree: 2 of .* and 3": '{"r": 3, "lora_alpha": 3}',
         "not finite": '{"r": 2, "lora_alpha": NaN}',
         "cannot be read: .*list": '{"r": [2], "lora_alpha": 1}',

@@ -115,7 +115,7 @@ def sample(name: str, case: dict, noise: np.ndarray) -> tuple[np.ndarray, np.nda
             case["interval"],
         )
         x = bagel.paint(MODEL, variables, {}, MARKS, context, noise, grid, guidance)
-        return x, bagel.decode_latents(MODEL, variables, x, size)
+        return x, bagel.decode_latents(MODEL, variables, x, size).astype(jnp.uint8)
 
     picture = photo(name, case["image"]) if case["image"] else np.zeros((1, 1, 3), np.uint8)
     x, pictures = run(weights(), picture, noise[None])
@@ -317,6 +317,18 @@ def test_rounds_feed_the_result_back():
     key = regenerate._key(0, 1, 0)
     by_hand = door().regenerate(once, "x", noise=jax.random.normal(key, (15, 16)))
     assert twice.tobytes() == by_hand.tobytes() != once.tobytes()
+
+
+@pytest.mark.parametrize("network", ["bagel", "vae"])
+def test_a_result_that_is_not_made_of_numbers_is_said(network):
+    """In 8 bits it would be black."""
+    broken = lambda path, leaf: leaf * jnp.nan if path[-1].key == "bias" and leaf.ndim == 1 else leaf
+    variables = dict(door().variables)
+    variables[network] = jax.tree_util.tree_map_with_path(broken, variables[network])
+    regenerator = Regenerator(door().model, variables, door().tokenizer)
+    with pytest.raises(RefineError, match="result: holds values that are not finite; look for such in the files"):
+        regenerator.regenerate(photo("a", (60, 90)), "x", rounds=2)
+    assert regenerator.regenerate(photo("a", (60, 90)), "x", rounds=0).getextrema() != ((0, 0),) * 3
 
 
 def test_generating_from_text():

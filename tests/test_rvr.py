@@ -25,7 +25,7 @@ from refine_jax.models.mmdit import image_positions, text_start
 from refine_jax.models.qwen_vl_config import merged_tokens
 from refine_jax.refine import Refiner
 from refine_jax.refine_programs import generate
-from refine_jax.regenerate import MMDiTSpec, mmdit_program
+from refine_jax.regenerate import MMDiTRegenerator, MMDiTSpec, mmdit_program
 from refine_jax.train import train
 
 SIZE = (64, 64)
@@ -186,6 +186,17 @@ def test_no_rounds_give_the_picture_back(tokenizer, variables):
     np.testing.assert_array_equal(found.pictures[0], pictures()[0])
     np.testing.assert_array_equal(found.pictures[1], np.broadcast_to(one, (*SIZE, 3)))
     assert found.rounds.shape == (0, 2, *SIZE, 3)
+
+
+def test_a_result_that_is_not_made_of_numbers_is_said(tokenizer, variables):
+    """In 8 bits it would be black; of regions too."""
+    broken = {**variables, "mmdit": jax.tree.map(lambda leaf: leaf * np.nan, variables["mmdit"])}
+    for door, call in (
+        (MMDiTRegenerator(short("rvr"), broken, tokenizer), lambda door: door.regenerate(pictures()[0], "x", rounds=2)),
+        (Refiner(toy.model_config(), broken, tokenizer), lambda door: door.refine(pictures()[0], (9, 9, 40, 40), "x")),
+    ):
+        with pytest.raises(RefineError, match="result: holds values that are not finite"):
+            call(door)
 
 
 def test_the_picture_is_known_by_its_tokens_alone(tokenizer, variables):

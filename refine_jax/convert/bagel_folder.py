@@ -128,12 +128,7 @@ class BagelFolder(Folder):
             raise RefineError(
                 f"{self.folder}: its tokenizer cannot be read ({reason}); copy or download its files again"
             ) from None
-        rows, largest = self.model().bagel.vocab_size, max(tokenizer.get_vocab().values())
-        if largest >= rows:
-            raise RefineError(
-                f"{self.folder}: its tokenizer has token {largest}, {LLM} says vocab_size {rows}; copy or download the"
-                " tokenizer of the same model"
-            )
+        prompts.check_vocabulary(tokenizer, self.model().bagel.vocab_size, str(self.folder))
         return tokenizer, text
 
 

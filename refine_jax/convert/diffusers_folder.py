@@ -80,7 +80,9 @@ class Pipeline(Folder):
 
     def tokenizer(self) -> Any:
         """Of `tokenizer/`."""
-        return prompts.load_tokenizer(self.folder / "tokenizer")
+        tokenizer = prompts.load_tokenizer(self.folder / "tokenizer")
+        prompts.check_vocabulary(tokenizer, self.model().vl.text.vocab_size, str(self.folder))
+        return tokenizer
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """`tokenizer/` as it is."""

@@ -227,7 +227,7 @@ def _store(folder: Path, network: str, abstract: Mapping[str, Any]) -> dict[str,
     wanted = traverse_util.flatten_dict(dict(abstract), sep="/")
     where = folder / checkpoint.ORBAX / network
     if where.parent.is_dir():
-        base = f"file://{where.absolute()}/"
+        base = {"driver": "file", "path": f"{where.absolute()}/"}  # no URL: it would not take every character
         found = {path: _array(base, path, folder) for path in wanted}
     else:
         where = folder / checkpoint.WEIGHTS
@@ -246,7 +246,7 @@ def _store(folder: Path, network: str, abstract: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _array(base: str, path: str, folder: Path) -> _Stored:
+def _array(base: dict[str, str], path: str, folder: Path) -> _Stored:
     """A zarr array of an orbax checkpoint."""
     spec = {
         "driver": "zarr",

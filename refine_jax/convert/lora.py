@@ -81,6 +81,8 @@ _FOREIGN_SETTINGS = (
     *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication", "target_parameters"),
     *("modules_to_save", "trainable_token_indices", "alora_invocation_tokens"),
 )
+# Ways to begin (`init_lora_weights`) that take what B A begins with out of the base model.
+_FOREIGN_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _METADATA = "lora_adapter_metadata"
 _PEFT_DEFAULT = 8  # of r and lora_alpha, where a configuration does not say
 _DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32}
@@ -322,6 +324,8 @@ def _stack(
     slices = [stored.get_slice(key) for key in keys]
     kinds = {s.get_dtype() for s in slices}
     dtype = _DTYPES[kinds.pop()] if len(kinds) == 1 else np.float32
+    if scales is not None and any(scales[module] != 1 for module in modules):
+        dtype = _scaled(dtype)
     sizes = [s.get_shape()[0 if scales is None else 1] for s in slices]
     (inputs, outputs), depth = modules[0].shape, modules[0].depth
     shape = (inputs, max(sizes)) if scales is None else (max(sizes), outputs)
@@ -338,8 +342,13 @@ def _stack(
 
 
 def _times(x: np.ndarray, factor: float) -> np.ndarray:
-    """x · factor in float32, rounded to x's dtype; factor 1 leaves every bit."""
-    return x if factor == 1 else (x.astype(np.float32) * np.float32(factor)).astype(x.dtype)
+    """x · factor in float32, rounded to x's dtype unless that is float16; factor 1 leaves every bit."""
+    return x if factor == 1 else (x.astype(np.float32) * np.float32(factor)).astype(_scaled(x.dtype))
+
+
+def _scaled(dtype: Any) -> np.dtype:
+    """What holds numbers of `dtype` times any factor: float16 has no small ones."""
+    return np.dtype(np.float32 if dtype == np.float16 else dtype)
 
 
 def _settings(file: Path, metadata: Mapping[str, str], problems: _Problems) -> dict[str, Mapping[str, Any]]:
@@ -370,6 +379,10 @@ def _settings(file: Path, metadata: Mapping[str, str], problems: _Problems) -> d
         for name in _FOREIGN_SETTINGS:
             if own.get(name):
                 problems.add(f"{where} that asks for more than LoRA", name)
+        start = str(own.get("init_lora_weights")).lower()
+        if start.startswith(_FOREIGN_STARTS):
+            kind = f"{where} of an adapter to a changed base (save it with path_initial_model_for_weight_conversion)"
+            problems.add(kind, f"init_lora_weights {start}")
         try:
             for name in ("rank_pattern", "alpha_pattern"):
                 own[name] = [(_compiled(pattern), float(value)) for pattern, value in dict(own.get(name) or {}).items()]

@@ -181,7 +181,9 @@ class Writer:
         return self._folder / f"ocdbt.process_{part}"
 
     def _open(self, folder: Path) -> ts.KvStore:
-        spec = {"driver": "ocdbt", "base": f"file://{folder}/", "config": {"compression": {"id": "zstd"}}}
+        # No URL: of a path it would not take every character.
+        base = {"driver": "file", "path": f"{folder}/"}
+        spec = {"driver": "ocdbt", "base": base, "config": {"compression": {"id": "zstd"}}}
         return wait(ts.KvStore.open(spec, context=self._context))
 
     def _check(self, store: ts.KvStore) -> None:
