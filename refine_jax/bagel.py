@@ -45,9 +45,10 @@ class BagelModel:
     vae_sides, vit_sides: longest and shortest side of an image as it is painted and as the tower sees it. system:
     the text before the image (released: `SYSTEM_SAMPLING`; the training data has `SYSTEM_TRAINING`); prompt: the text
     after it, with one {} for the user's. The rest are the sampler's defaults: steps counts points of the time grid, so
-    steps - 1 updates; interval: the times at which guidance acts, lo < t <= hi; generate_renorm, generate_interval: of
-    text-to-image. conditioning: what is shown of an image, "rvr" (the tower's tokens alone) or "rvr_vae" (its latents
-    before them, as in the ablation of the paper and in editing).
+    steps - 1 updates; interval: the times at which guidance acts, lo < t <= hi; generate_image_cfg, generate_renorm,
+    generate_interval: of text-to-image, where the context without the picture is the whole one. conditioning: what is
+    shown of an image, "rvr" (the tower's tokens alone) or "rvr_vae" (its latents before them, as in the ablation of the
+    paper and in editing).
     """
 
     bagel: BagelConfig = BagelConfig()
@@ -63,6 +64,7 @@ class BagelModel:
     renorm: str = "text_channel"
     renorm_min: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
+    generate_image_cfg: float = 1.5
     generate_renorm: str = "global"
     generate_interval: tuple[float, float] = (0.4, 1.0)
     conditioning: str = "rvr"
@@ -77,9 +79,10 @@ class BagelModel:
         if self.prompt.count("{}") != 1:
             raise RefineError(f"model: prompt {self.prompt[:60]!r} must hold exactly one {{}}")
         for name, stride in (("vae_sides", self.stride), ("vit_sides", self.bagel.vit.patch_size)):
-            longest, shortest = getattr(self, name)
-            if not stride <= shortest <= longest:
-                raise RefineError(f"{name} {longest}, {shortest}: give longest and shortest side, at least {stride}")
+            sides = getattr(self, name)
+            pair = isinstance(sides, (tuple, list)) and len(sides) == 2 and all(isinstance(x, int) for x in sides)
+            if not pair or not stride <= sides[1] <= sides[0]:
+                raise RefineError(f"{name} {sides!r}: give longest and shortest side, at least {stride}")
 
     @property
     def stride(self) -> int:
@@ -124,8 +127,17 @@ class BagelModel:
         return fitted_size(size, self.vae_sides, self.stride)
 
     def seen_size(self, size: Size) -> Size:
-        """(height, width) at which the tower sees a picture of `size` that has the size of its painting."""
-        return fitted_size(size, self.vit_sides, self.bagel.vit.patch_size)
+        """(height, width) at which the tower sees a picture of `size` that has the size of its painting.
+
+        Raises `RefineError` where that is more than it can see.
+        """
+        seen, most = fitted_size(size, self.vit_sides, self.bagel.vit.patch_size), self.bagel.vit.image_size
+        if max(seen) > most:
+            raise RefineError(
+                f"vit_sides {self.vit_sides!r}: a picture of {size[1]}x{size[0]} is seen at {seen[1]}x{seen[0]}, "
+                f"the tower sees sides of up to {most}; give smaller ones"
+            )
+        return seen
 
     def grid(self, size: Size) -> Size:
         """(rows, columns) of latent tokens of a painting."""
@@ -473,7 +485,8 @@ def paint(
             v = velocities(model, variables, lora, marks, seen, x, t, grid)  # noqa: B023
             if guided:  # noqa: B023
                 v, *dropped = jnp.split(v, v.shape[0] // rows)
-                unseen = dropped[1] if guidance.image_cfg is not None else None
+                # Where there is no image, nothing changes without it.
+                unseen = None if guidance.image_cfg is None else (*dropped, v)[1]
                 v = flow.dual_cfg(
                     v, dropped[0], unseen, guidance.text_cfg, guidance.image_cfg, guidance.renorm, guidance.renorm_min
                 )

@@ -397,6 +397,7 @@ def _batches(
         buckets,
         config.seed,
         model.painted_size,
+        names,
     )
     for name, source, left in zip(names, sources, plan.left_out):
         if speaks and (unusable := getattr(source, "corrupt", [])):

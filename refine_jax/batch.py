@@ -215,7 +215,8 @@ def compile_ahead(
         keys = [(*key, *door.parts(row)) for key, row in zip(keys, job.rows)]
         if set(keys) <= seen and (len(keys) == 1 or tuple(keys) in seen):
             continue
-        made = [door.fetch(door.launch(row.bucket, [row]), 1)[0] for row in job.rows]
+        launched = [door.launch(row.bucket, [row]).results for row in job.rows]
+        made = jax.tree.map(lambda x: parallel.fetch(x)[0], launched)
         if len(keys) > 1:
             job.finish(made)
         seen.update(keys, [tuple(keys)])

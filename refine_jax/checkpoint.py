@@ -491,6 +491,12 @@ def restore_state(mngr: ocp.CheckpointManager, abstract: Any) -> tuple[Any, dict
 
 # Settings of data that decide no order of samples.
 _NO_ORDER = ("data.workers", "data.validation", "data.max_corrupt")
+# Settings that change nothing of what is trained, and those without which the weights mean something else.
+_BESIDE = {
+    *("log_every", "save_every", "keep", "keep_every", "pictures", "validation", "profile"),
+    *("topology", "rules", "remat", "lora.init_from", "vae_from", "objective"),
+}
+_FIXED = ("variant", "conditioning", "prompt", "lora.alpha", "lora.targets", "train_encoder")
 
 
 def _named(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -503,9 +509,10 @@ def _named(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
 
 
 def changes(position: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a resumption changes about the order of samples, one sentence each; `position` is what was saved.
+    """What a resumption changes, one sentence each; `position` is what was saved.
 
-    now: of the run, seed, batch_size, data and mesh of its configuration.
+    now: of the run, seed, batch_size, data and mesh of its configuration, and the rest under "settings". Raises
+    `RefineError` for another setting without which the weights mean something else.
     """
     lines = []
     if position.get("processes") != jax.process_count():
@@ -514,6 +521,7 @@ def changes(position: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             " samples is unchanged (a global batch does not depend on the number of hosts)"
         )
     now = json.loads(json.dumps(dict(now)))
+    lines += _other_settings(position.get("settings"), now.pop("settings", None))
     mesh, before = now.pop("mesh", None), position.get("mesh")
     if before is not None and mesh != before:
         lines.append(f"resumed on the mesh {mesh}, saved on {before}: the state and the order of samples are unchanged")
@@ -526,4 +534,21 @@ def changes(position: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
                 f"resumed with another {name}: {unless}the order of samples changes from here on; the position in it is"
                 " kept"
             )
+    return lines
+
+
+def _other_settings(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> list[str]:
+    if before is None or now is None:
+        return []
+    # A key that is left out is as one that says nothing.
+    saved, wanted = ({name: value for name, value in _named(tree) if value} for tree in (before, now))
+    lines = []
+    for name in sorted(saved.keys() | wanted.keys()):
+        old, new = saved.get(name), wanted.get(name)
+        if old == new or name in _BESIDE or name.partition(".")[0] in _BESIDE:
+            continue
+        said = f"resumed with another {name}: {new!r}, saved with {old!r}"
+        if name in _FIXED:
+            raise RefineError(f"{said}, which the weights were trained with; give that again, or a new work folder")
+        lines.append(f"{said}; it must be the same model" if name == "init_from" else said)
     return lines

@@ -448,9 +448,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _batch_config(args: argparse.Namespace, overrides: dict[str, str]) -> Any:
-    from refine_jax import configuration, recipes
+    from refine_jax import configuration, recipes, settings
 
     config = configuration.load(args.config) if args.config else recipes.batch()
+    settings.check_batch(args.config or "the default configuration", config)
     for name in ("model", "regenerator", "batch_size", "dtype", "quantize", "merge_lora"):
         if getattr(args, name) is not None:
             overrides = {name: str(getattr(args, name)), **overrides}

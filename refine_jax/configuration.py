@@ -16,6 +16,7 @@ OPTIONAL: dict[str, Any] = {
     "aligned_heads": (),
     "alignment": None,
     "conditioning": "",
+    "ema_ramp": True,
     "keep_every": 0,
     "lora": None,
     "lora.init_from": "",

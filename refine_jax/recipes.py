@@ -115,6 +115,7 @@ def bagel_rvr(topology: str, mesh: dict[str, int], **changes: object) -> ml_coll
     config.save_every = 500
     config.keep = 3
     config.ema_decay = 0.9999
+    config.ema_ramp = False
     config.init_from = "ByteDance-Seed/BAGEL-7B-MoT"
     config.weights = ""
     config.conditioning = ""
@@ -294,11 +295,22 @@ def small_world(**changes: object) -> ml_collections.ConfigDict:
     return _changed(config, changes)
 
 
+# Keys of `configuration.OPTIONAL` that say nothing to an objective.
+_FLOW = ("aligned_heads", "alignment", "condition_area", "prompt", "scan", "vae_area")
+_PAIRS = ("margin_jitter", "pairs", "path", "reference_buckets", "reference_dropout", "reference_share")
+_UNREAD = {"bagel": {*_FLOW, *(f"data.{name}" for name in (*_PAIRS, "text_to_image", "weights"))}}
+_UNREAD["vae"] = _UNREAD["bagel"] | {
+    *("conditioning", "lora", "lora.init_from", "model", "remat", "data.max_corrupt", "data.validation")
+}
+
+
 def keys(objective: str) -> set[str]:
     """What a training of `objective` may say, keys of `data` and `optimizer` as "data.path"; empty for one unknown."""
     kinds = dict(refine=(edit_lora("", "", {}), small_world()), bagel=(bagel_rvr("", {}),), vae=(tiny_vae(),))
-    found = kinds.get(objective, ())
-    return {name for config in found for name in named(config)} | (set(configuration.OPTIONAL) if found else set())
+    if objective not in kinds:
+        return set()
+    optional = {name for name in configuration.OPTIONAL if name not in _UNREAD.get(objective, ())}
+    return {name for config in kinds[objective] for name in named(config)} | optional
 
 
 def named(config: ml_collections.ConfigDict) -> list[str]:

@@ -141,7 +141,7 @@ def bagel_program(
         pixels,
         inputs["prompt"],
         drop_text=spec.text_guided,
-        drop_image=spec.image_guided,
+        drop_image=spec.image_guided and spec.seen is not None,
         latents=latents,
     )
     guidance = bagel.Guidance(

@@ -134,7 +134,7 @@ class Door:
 
     def rows_of(self, count: int) -> int:
         """Rows of the program that runs `count`."""
-        return self.batch_size or -(-power_of_two(count) // self._ways) * self._ways
+        return self.batch_size or power_of_two(-(-count // self._ways)) * self._ways
 
     @contextlib.contextmanager
     def placed(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ _WHOLE: dict[str, tuple[int, int]] = {
     "optimizer.warmup": (0, 2**31),
     "pictures.count": (1, 1024),
     "pictures.every": (0, 2**31),
+    "seed": (0, 2**31 - 1),
     "validation.batches": (1, 2**20),
     "validation.every": (0, 2**31),
 }
@@ -66,6 +67,12 @@ _GROUPS: dict[str, tuple[str, ...]] = {
 }
 _SPARE = ("sigma.distribution", "sigma.shift", "sigma.mean", "sigma.std", "lora.init_from")
 _SIGMA = ("uniform", "logit_normal")
+# What the trainer reads of every configuration.
+_NEEDED = (
+    *("seed", "steps", "batch_size", "log_every", "save_every", "keep", "ema_decay", "optimizer", "mesh", "rules"),
+    *(f"optimizer.{name}" for name in ("name", "learning_rate", "warmup", "decay", "b1", "b2", "eps", "weight_decay")),
+    "optimizer.clip",
+)
 
 
 def check(path: Any, config: ml_collections.ConfigDict) -> None:
@@ -77,6 +84,8 @@ def check(path: Any, config: ml_collections.ConfigDict) -> None:
             raise RefineError(
                 f"{path}: the objective {config.objective!r} has no key {name!r}; {_nearest(name, known)}"
             )
+    if known and (missing := [name for name in _NEEDED if name not in recipes.named(config)]):
+        raise RefineError(f"{path}: {', '.join(missing)}: missing; see the shipped ones in configs/")
     for group, keys in _GROUPS.items():
         found = config.get(group)
         if found is None:
@@ -97,11 +106,26 @@ def check(path: Any, config: ml_collections.ConfigDict) -> None:
     distribution = (config.get("sigma") or {}).get("distribution", _SIGMA[0])
     if distribution not in _SIGMA:
         raise RefineError(f"{path}: sigma.distribution {distribution!r}: give {' or '.join(map(repr, _SIGMA))}")
+    if distribution == "uniform" and {"mean", "std"} & set(config.get("sigma") or {}):
+        raise RefineError(f"{path}: sigma.mean, sigma.std: are of distribution 'logit_normal'; take them out")
     traced = tuple(config.get("profile") or ())
     if traced:
         whole = all(isinstance(step, int) for step in traced)
         if len(traced) != 2 or not whole or not 2 <= traced[0] <= traced[1]:
             raise RefineError(f"{path}: profile {traced}: give (first, last) step, from the second on")
+
+
+def check_batch(path: Any, config: ml_collections.ConfigDict) -> None:
+    """Raises `RefineError` for a key that a configuration of `refine-jax batch` does not have, or one that is missing.
+
+    variant, topology: of `tools/aot.py`.
+    """
+    known = set(recipes.batch())
+    for name in config:
+        if name not in known | {"variant", "topology"}:
+            raise RefineError(f"{path}: a batch has no key {name!r}; {_nearest(name, known)}")
+    if missing := sorted(known - set(config)):
+        raise RefineError(f"{path}: {', '.join(missing)}: missing; start from refine_jax.recipes.batch()")
 
 
 def _nearest(name: str, known: Any) -> str:

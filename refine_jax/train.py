@@ -70,13 +70,14 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
     if config.name == "adamw":
         update = optax.adamw(schedule, **adam)
     elif config.name == "muon":
+        exclude = config.get("muon_exclude", "^$")
 
         def matrices(params):
             # A dense kernel is a matrix, a scanned one ([layers, in, out]) a stack of them, a convolution's
             # ([rows, columns, in, out]) maps a whole patch.
             def dims(path, leaf):
                 name = jax.tree_util.keystr(path)
-                if "kernel" not in name or re.search(config.muon_exclude, name) or leaf.ndim not in (2, 3, 4):
+                if "kernel" not in name or re.search(exclude, name) or leaf.ndim not in (2, 3, 4):
                     return None
                 return optax.contrib.MuonDimensionNumbers((0, 1, 2) if leaf.ndim == 4 else leaf.ndim - 2, leaf.ndim - 1)
 
@@ -84,8 +85,9 @@ def make_optimizer(config: ml_collections.ConfigDict, steps: int) -> optax.Gradi
 
         update = optax.contrib.muon(
             schedule,
-            adam_learning_rate=make_schedule(config, steps, config.adam_scale),
-            ns_steps=config.muon_steps,
+            adam_learning_rate=make_schedule(config, steps, config.get("adam_scale", 1.0)),
+            ns_steps=config.get("muon_steps", 5),
+            eps=config.eps,
             preconditioning="aol",
             weight_decay=config.weight_decay,
             adam_b1=config.b1,
@@ -107,9 +109,9 @@ class Program:
     """The compiled side of a run: what the loop calls, and what `tools/aot.py` compiles without a device.
 
     begin(params, key) -> state; step(state, frozen, batch) -> (state, scalars); measure(params, frozen, batch, draw) ->
-    the scalars of the loss, with the noise of the number `draw`. state, frozen: `jax.ShapeDtypeStruct`s with their
-    shardings. tensors: the names behind the scalar "bad", the index of the first
-    tensor of a step that is not finite (-1: none).
+    the scalars of the loss, with the noise of the number `draw`. rate(step) -> the learning rate of the update that
+    makes it. state, frozen: `jax.ShapeDtypeStruct`s with their shardings. tensors: the names behind the scalar "bad",
+    the index of the first tensor of a step that is not finite (-1: none).
     """
 
     mesh: jax.sharding.Mesh
@@ -118,6 +120,7 @@ class Program:
     begin: Callable[[Any, jax.Array], TrainState]
     step: Callable[[TrainState, Any, Any], tuple[TrainState, dict]]
     measure: Callable[[Any, Any, Any, Any], dict]
+    rate: Callable[[int], float]
     state: TrainState
     frozen: Any
     tensors: list[str]
@@ -137,7 +140,7 @@ def make_program(
     accumulate = config.optimizer.get("accumulate", 1)
     parallel.check_batch(config.batch_size, mesh, accumulate)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    average = config.ema_decay > 0
+    average, ramp = config.ema_decay > 0, config.get("ema_ramp", True)
 
     def begin(params: Any, key: jax.Array) -> TrainState:
         ema = jax.tree.map(jnp.copy, params) if average else {}
@@ -189,8 +192,8 @@ def make_program(
         grads = jax.lax.with_sharding_constraint(grads, placed)  # left free they may come out whole on every device
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # A young average would remember the initial values for too long.
-        decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        # A young average would remember random values for too long.
+        decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step)) if ramp else config.ema_decay
         ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), state.ema, params) if average else {}
         norms = {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         scalars = {"loss": loss, **norms, **parts}
@@ -214,6 +217,7 @@ def make_program(
         begin=jax.jit(begin, donate_argnums=0, out_shardings=shardings),
         step=step,
         measure=measure,
+        rate=lambda step: float(make_schedule(config.optimizer, config.steps)(step - 1)),
         state=parallel.placed(shapes, shardings),
         frozen=frozen,
         tensors=tensors,
@@ -246,6 +250,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
     # ------------------------------------------------------------------ what, where, how
     workdir = Path(workdir)
     mesh = parallel.make_mesh(dict(config.mesh))
+    parallel.check_batch(config.batch_size, mesh, config.optimizer.get("accumulate", 1))
     objective = objectives.make(config)
     program = make_program(config, objective, mesh)
     memory.check(
@@ -268,7 +273,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
             state, position = restored
             batches.set_state(position["iterator"])
             elapsed = position["elapsed"]
-            for line in checkpoint.changes(position, _order(config)):
+            for line in checkpoint.changes(position, _said(config)):
                 tqdm.write(line, file=sys.stderr)
         else:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state.params)
@@ -284,7 +289,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
         stack.enter_context(closing(watch))
 
         def save(step: int) -> None:
-            position = {"iterator": batches.get_state(), "elapsed": watch.elapsed(), **_order(config)}
+            position = {"iterator": batches.get_state(), "elapsed": watch.elapsed(), **_said(config)}
             checkpoint.save_state(mngr, step, state, position, force=True)
 
         if not first:
@@ -322,10 +327,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
     return workdir / "model"
 
 
-def _order(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What decides the order of samples besides the position, and the mesh, which does not."""
+def _said(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What decides the order of samples besides the position; the mesh; and under "settings" the rest."""
     kept = ("seed", "batch_size", "data", "mesh")
-    found = {name: value for name, value in json.loads(config.to_json_best_effort()).items() if name in kept}
+    every = json.loads(config.to_json_best_effort())
+    found = {name: every.pop(name) for name in kept if name in every}
+    found["settings"] = every
     if found.get("data", {}).get("source") == "cache":  # it has its own
         found["data"].pop("reference_buckets", None)
     return found

@@ -132,6 +132,7 @@ class Watch:
         spent = now - moment - self._aside
         rate = (done - before) / spent
         means |= {"step": done, "seconds": self.elapsed(), "data_wait": self._waited / spent}
+        means["learning_rate"] = self._program.rate(done)
         means["images_per_second"] = rate * self._config.batch_size
         if self._chip is not None:
             means["mfu"] = self._needed / spent / (self._chip.flops * self._program.mesh.size)
@@ -241,7 +242,7 @@ def _history(path: Path, last: int) -> TextIO:
 
 
 def _write_line(file: TextIO, values: Mapping[str, float]) -> None:
-    rounded = {k: round(v, 6) if math.isfinite(v) else None for k, v in values.items()}
+    rounded = {k: float(f"{v:.7g}") if math.isfinite(v) else None for k, v in values.items()}
     file.write(json.dumps(rounded) + "\n")
     file.flush()
 

@@ -209,6 +209,19 @@ def test_another_number_of_processes_is_said(tmp_path):
     assert "saved on {'fsdp': 2}" in line and "unchanged" in line
     (line,) = checkpoint.changes(saved, {**saved, "data": {"workers": 2, "buckets": [[2, 1]]}})
     assert "another data.buckets: the order" in line
+    saved["settings"] = {"lora": {"alpha": 4.0, "rank": 2}, "sigma": {"shift": 1.0}, "init_from": "a", "keep": 2}
+    now = lambda **changes: {**saved, "settings": {**saved["settings"], "prompt": "", **changes}}
+    assert checkpoint.changes(saved, now(keep=3, pictures={"every": 2})) == []
+    assert checkpoint.changes(saved, now(sigma={"shift": 3.0}, init_from="b", steps=9)) == [
+        "resumed with another init_from: 'b', saved with 'a'; it must be the same model",
+        "resumed with another sigma.shift: 3.0, saved with 1.0",
+        "resumed with another steps: 9, saved with None",
+    ]
+    for changes, words in (
+        ({"lora": {"alpha": 400.0, "rank": 2}}, "lora.alpha: 400.0"),
+        ({"prompt": "x"}, "prompt: 'x'"),
+    ):
+        refused(lambda: checkpoint.changes(saved, now(**changes)), f"resumed with another {words}", "new work folder")  # noqa: B023
     manager.close()
 
 

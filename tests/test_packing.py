@@ -268,7 +268,7 @@ def test_the_mix_and_the_passes():
     assert {bucket for bucket, _ in batches} == set(buckets)
     few = Packing([pairs[9:14]], [1.0], 64, buckets[:1], 1)
     assert {number for row in few.rows(7)[1] for _, number in row} == set(range(5))
-    with pytest.raises(RefineError, match="no sample of source 0 fits"):
+    with pytest.raises(RefineError, match="no sample of 0 fits"):
         Packing([pairs], [1.0], 1, [buckets[0]._replace(text=10)], 1)
     with pytest.raises(RefineError, match="stands there twice"):
         Packing([pairs], [1.0], 1, buckets[:1] * 2, 1)

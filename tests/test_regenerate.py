@@ -155,8 +155,14 @@ def test_the_door_paints_what_the_authors_paint():
     ours = regenerator.regenerate(picture, "two red cups", noise=noise["rvr"], **common, **released)
     assert ours.size == regenerated.shape[1::-1]
     assert np.abs(np.asarray(ours, int) - regenerated).max() <= 1
-    ours = regenerator.generate(TEXT, (64, 48), noise=noise["generate"], **common)
+    # The authors' number is of guidance by the prompt alone; their program adds to it.
+    plain = Regenerator(dataclasses.replace(MODEL, generate_image_cfg=1.0), weights(), Letters())
+    ours = plain.generate(TEXT, (64, 48), noise=noise["generate"], **common)
     assert np.abs(np.asarray(ours, int) - generated).max() <= 1
+    common["text_cfg"] = 5.5
+    once, both = (np.asarray(door.generate(TEXT, (64, 48), noise=noise["generate"], **common | change), int)
+                  for door, change in ((plain, {}), (regenerator, dict(text_cfg=4.0))))  # fmt: skip
+    assert np.abs(once - both).max() <= 1 and np.abs(once - generated).max() > 3
 
 
 def test_guided_sampling_from_the_cache_equals_recomputing_the_whole_sequence():
@@ -364,6 +370,23 @@ def test_bad_requests_are_refused(settings, message):
         door().regenerate(**{"image": photo("a", (60, 90)), "prompt": "x", **settings})
     with pytest.raises(RefineError, match="multiples of 16"):
         door().generate("x", (50, 64))
+    with pytest.raises(RefineError, match="unknown field 'image_cfg'"):
+        door().generate_batch([dict(prompt="x", image_cfg=3.0)])
+    with pytest.raises(RefineError, match="renorm ''"):
+        door().generate("x", renorm="")
+    interval = np.array([0.4, 1.0])
+    assert door().read_generation("x", interval=interval).rows == door().read_generation("x").rows
+    for sides in (64, (32, 64), (64.0, 32.0)):
+        with pytest.raises(RefineError, match="vae_sides .*: give longest and shortest side, at least 16"):
+            dataclasses.replace(MODEL, vae_sides=sides)
+    wide = Regenerator(dataclasses.replace(door().model, vit_sides=(700, 600)), door().variables, door().tokenizer)
+    with pytest.raises(RefineError, match="vit_sides .* the tower sees sides of up to"):
+        wide.read(photo("a", (60, 90)), "x")
+    odd = dataclasses.replace(door().model, vae_sides=(72, 32))
+    assert Regenerator(odd, door().variables, door().tokenizer).read_generation("x").rows[0].bucket.base[0].size == (
+        64,
+        64,
+    )
     with pytest.raises(RefineError, match="size .*inf"):
         door().generate("x", (float("inf"), 64))
     for request, word in ((dict(prompt="x"), "'image'"), (["x"], "mapping"), (dict(image=1, text="x"), "'prompt'")):

@@ -21,6 +21,15 @@ from refine_jax.refine import ASPECTS, fitted, grown
 from refine_jax.scheduling import FAILED, REFUSED, Scheduler
 
 
+@given(count=st.integers(1, 64), ways=st.integers(1, 12))
+def test_programs_have_no_more_rows_than_they_must(count, ways):
+    """Powers of two a part of the mesh; of the most rows that fit no more."""
+    door = SimpleNamespace(batch_size=None, _ways=ways)
+    rows = serving.Door.rows_of(door, count)
+    assert rows % ways == 0 and count <= rows < max(2 * count + ways, 2 * ways)
+    assert serving.Door.rows_of(door, rows) == rows
+
+
 class PlainDoor:
     """Its rows are numbers, their results too; `bad` buckets fail."""
 

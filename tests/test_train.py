@@ -20,7 +20,7 @@ from flax import linen as nn
 from PIL import Image
 from safetensors.numpy import load_file
 
-from refine_jax import checkpoint, cli, configuration, flops, objectives, parallel
+from refine_jax import checkpoint, cli, configuration, flops, objectives, parallel, settings
 from refine_jax.data import records
 from refine_jax.errors import RefineError
 from refine_jax.refine import Refiner
@@ -166,6 +166,9 @@ def test_where_the_logit_normal_lies_may_be_said(tmp_path):
         ("c.alignment = dict(block=1)", ("alignment.weight is missing",)),
         ("c.data.workers = -1", ("data.workers -1", "from 0")),
         ("del c.objective", ("not of a training",)),
+        ("del c.keep; del c.optimizer.decay", ("keep, optimizer.decay: missing",)),
+        ("c.sigma.mean = 1.0", ("sigma.mean", "logit_normal")),
+        ("c.objective = 'vae'; c.lora = dict(rank=1, alpha=1.0, targets='')", ("'vae' has no key",)),
     ],
 )
 def test_bad_settings_in_a_file(tmp_path, line, words):
@@ -176,6 +179,26 @@ def test_bad_settings_in_a_file(tmp_path, line, words):
         load_config(path)
     for word in ("some.py", *words):
         assert word in str(error.value), error.value
+
+
+@pytest.mark.parametrize("path", sorted(toy.CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_shipped_configurations_say_what_is_read(path):
+    if path.stem.startswith("batch"):
+        return settings.check_batch(path, configuration.load(path))
+    config = load_config(path)
+    if config.objective != "vae":  # Muon needs nothing that AdamW does not
+        config = load_config(path, {"optimizer.name": "muon"})
+    make_optimizer(config.optimizer, config.steps)
+    unread = {"vae": {"lora": "{'rank': 1}", "prompt": "x"}, "bagel": {"scan": "True", "data.pairs": "x"}}
+    for name, value in unread.get(config.objective, {}).items():
+        with pytest.raises(RefineError, match=f"the objective '{config.objective}' has no key '{name}'"):
+            load_config(path, {name: value})
+
+
+def test_a_batch_that_does_not_divide_is_said_before_a_model_is_looked_for(tmp_path):
+    config = load_config(toy.CONFIGS / "edit_2511_1xh100.py", {"batch_size": "3", "init_from": "no/such"})
+    with pytest.raises(RefineError, match="batch_size 3"):
+        train(config, tmp_path, progress=False)
 
 
 def test_bad_config_files(tmp_path):
@@ -401,7 +424,20 @@ def test_what_a_resumption_changes_is_said(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     linear(monkeypatch, Numbers())
     train(toy_loop(3, seed=5, keep_every=2), tmp_path / "run", progress=False)
-    assert "another seed: the order of samples changes" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "another seed: the order of samples changes" in said and "another steps: 3, saved with 2" in said
+    assert "keep_every" not in said
+    config = toy_loop(4, seed=5)
+    config.optimizer.learning_rate, config.prompt = 0.25, "other"
+    linear(monkeypatch, Numbers())
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(RefineError, match="another prompt: 'other', saved with None"):
+        train(config, tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "config.json").read_text() == before
+    config.prompt = ""
+    linear(monkeypatch, Numbers())
+    train(config, tmp_path / "run", progress=False)
+    assert "another optimizer.learning_rate: 0.25, saved with" in capsys.readouterr().err
     # The noise is the run's: its key was saved.
     assert final(tmp_path / "run")[1]["key"].tolist() == jax.random.key_data(jax.random.key(0)).tolist()
 
@@ -413,6 +449,8 @@ def test_scalars_step_times_and_a_profile(tmp_path, monkeypatch, capsys):
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 5] and all(line["images_per_second"] > 0 for line in lines)
+    rate = make_schedule(toy_loop(5).optimizer, 5)
+    assert [line["learning_rate"] for line in lines] == pytest.approx([float(rate(k)) for k in (1, 3, 4)], rel=1e-6)
     (events,) = (tmp_path / "run" / "tensorboard").glob("events*")
     written = events.read_bytes()
     assert all(name in written for name in (b"loss", b"grad_norm", b"size", b"data_wait", b"step_seconds"))

@@ -4,6 +4,7 @@ An iterator's state is its position alone ({"step": n}), so a run may be resumed
 still sees the same pairs in the same order; a global batch does not depend on the number of hosts.
 """
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -112,6 +113,13 @@ class Batches(grain.DatasetIterator):
             self._source = self._build()
         try:
             batch = next(self._source)
+        except OSError as error:
+            if not self._processes or error.errno != errno.ENOSPC:
+                raise
+            raise RefineError(
+                f"data.workers {self._workers}: no room in the memory that they share (/dev/shm), for "
+                f"{len(self._rows)} rows a batch; make it larger, or give fewer workers, or 0"
+            ) from error
         except RuntimeError as error:
             if not self._processes or "terminated unexpectedly" not in str(error):
                 raise

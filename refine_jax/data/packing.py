@@ -49,7 +49,7 @@ class Packing:
 
     Args:
       indices: a source's index (`sequences.Source.index`) each, in a fixed order; weights: how often a sample is drawn
-        from it, in proportion.
+        from it, in proportion; names: of the sources, for messages (default: their numbers).
       batch_size: rows of a global batch.
       fit: (height, width) of a picture -> of its painting (`BagelModel.painted_size`).
 
@@ -67,8 +67,10 @@ class Packing:
         buckets: Sequence[Bucket],
         seed: int,
         fit: Callable[[Size], Size] = lambda size: size,
+        names: Sequence[str] = (),
     ):
         self.buckets, self._batch, self._seed = tuple(buckets), batch_size, seed
+        self.names = tuple(names or map(str, range(len(indices))))
         twice = [bucket.painted for bucket in buckets if [b.painted for b in buckets].count(bucket.painted) > 1]
         if twice:
             raise RefineError(f"data.buckets: {twice[0]} stands there twice; take one out")
@@ -84,8 +86,8 @@ class Packing:
             self.left_out.append(len(index) - len(usable))
             if not len(usable):
                 raise RefineError(
-                    f"data.sources: no sample of source {number} fits into a row of {buckets[0].text} tokens of text, "
-                    f"{buckets[0].scored} of answers and {buckets[0].pictures} pictures; raise data.tokens, "
+                    f"data.sources: no sample of {self.names[number]} fits into a row of {buckets[0].text} tokens of "
+                    f"text, {buckets[0].scored} of answers and {buckets[0].pictures} pictures; raise data.tokens, "
                     "data.text_length and data.answer_length"
                 )
             self._needs.append(index[:, :4])
@@ -304,7 +306,7 @@ class PackedBatches(loader.Batches):
 
     def __init__(self, make: Rows, batch_size: int, max_corrupt: float, digest: str, **hosts: Any):
         super().__init__(make, batch_size, **hosts)
-        self._sources, self._digest = make.sources, digest
+        self._sources, self._names, self._digest = make.sources, make.packing.names, digest
         total = sum(map(len, make.sources))
         self._limit = max_corrupt * total if max_corrupt < 1 else max_corrupt
         self._bad: set[tuple[int, int]] = set()
@@ -331,7 +333,7 @@ class PackedBatches(loader.Batches):
             self._sources[source].sample(number)
         except RefineError as error:
             return str(error)
-        return f"sample {number} of source {source}: a text that spells a mark, or a picture that can be read now"
+        return f"sample {number} of {self._names[source]}: a text that spells a mark, or a picture that can be read now"
 
     def get_state(self) -> dict[str, Any]:
         """{"step": batches given so far, "data": digest of the indices}."""

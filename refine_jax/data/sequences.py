@@ -356,13 +356,14 @@ def open_source(name: str, settings: Mapping[str, Any], wording: Wording, progre
     """The source that an entry of `config.data.sources` describes.
 
     settings: format, one of `FORMATS`; task, one of `TASKS`; path; root (default: path, or the folder that it is in),
-    which the files' own paths are relative to; max_corrupt (share of unusable samples), both of files; of the small
-    world count, seed, side. Raises `RefineError`, naming the entry, for what does not go together.
+    which the files' own paths are relative to; max_corrupt (share of unusable samples), both of Parquet and JSON lines;
+    of the small world count, seed, side. Raises `RefineError`, naming the entry, for what does not go together.
     """
     given = dict(settings)
     form, task, path = given.pop("format", None), given.pop("task", None), given.pop("path", "")
     given.pop("weight", None)
-    root, max_corrupt = given.pop("root", ""), given.pop("max_corrupt", 0.01)
+    if form == "world" and path:
+        given["path"] = path
     where = f"data.sources.{name}"
     if form not in FORMATS:
         raise RefineError(f"{where}.format {form!r}: choose one of {', '.join(FORMATS)}")
@@ -379,6 +380,7 @@ def open_source(name: str, settings: Mapping[str, Any], wording: Wording, progre
     if form == "records":
         _no_more(where, given)
         return Records(path, task, wording)
+    root, max_corrupt = given.pop("root", ""), given.pop("max_corrupt", 0.01)
     _no_more(where, given)
     root = Path(root or (path if path.is_dir() else path.parent))
     checks = dict(max_corrupt=max_corrupt, progress=progress)

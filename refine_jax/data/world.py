@@ -51,7 +51,7 @@ __all__ = [
 ]  # fmt: skip
 
 # No prompt is longer, in UTF-8.
-PROMPT_BYTES = 128
+PROMPT_BYTES = 136
 # How clearly a position holds or fails in every scene made here, in fractions of the side.
 _CLEAR = 0.025
 
@@ -271,9 +271,5 @@ def table(columns: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     for row in columns[names[0]] if names else ():
         cells = [columns[name][row] for name in names]
         if any(cell["count"] for cell in cells):
-            texts = (
-                f"{100 * c['score']:.1f} ({100 * c['low']:.1f}–{100 * c['high']:.1f})" if c["count"] else "–"
-                for c in cells
-            )
-            lines.append(f"| {row} | {cells[0]['count']} | " + " | ".join(texts) + " |")
+            lines.append(f"| {row} | {cells[0]['count']} | " + " | ".join(map(_cell, cells)) + " |")
     return "\n".join(lines)

@@ -57,6 +57,14 @@ def main(
     output = report.folder(output)
     samples = [world.sample(WORLD_SEED, number, "eval") for number in range(count)]
 
+    size = samples[0]["image"].shape[:2]
+    painted = regenerator.read(samples[0]["image"], "x").rows[0].bucket.base[0].size
+    if tuple(painted) != size:
+        raise RefineError(
+            f"model {str(model)!r}: paints a picture of {size[1]}x{size[0]} at {painted[1]}x{painted[0]}; this set is "
+            "of models of the small world, which keep its size"
+        )
+
     def many(what: str, run: Any, requests: list[dict[str, Any]]) -> np.ndarray:
         made = []
         for start in tqdm(range(0, len(requests), batch), desc=what, disable=not progress):
@@ -64,9 +72,8 @@ def main(
         return np.stack(made)
 
     if initial is None:
-        size = samples[0]["image"].shape[1::-1]
         requests = [
-            dict(prompt=sample["prompt"], size=size, seed=_seed(seed, number, 0), **settings)
+            dict(prompt=sample["prompt"], size=size[::-1], seed=_seed(seed, number, 0), **settings)
             for number, sample in enumerate(samples)
         ]
         pictures = many("initial", regenerator.generate_batch, requests)
