@@ -325,6 +325,27 @@ def test_rounds_feed_the_result_back():
     assert twice.tobytes() == by_hand.tobytes() != once.tobytes()
 
 
+def test_what_a_request_of_text_alone_may_say():
+    with pytest.raises(RefineError, match="unknown field 'image_cfg'"):
+        door().generate_batch([dict(prompt="x", image_cfg=3.0)])
+    with pytest.raises(RefineError, match="renorm ''"):
+        door().generate("x", renorm="")
+    bucket = lambda **settings: door().read_generation("x", **settings).rows[0].bucket
+    assert bucket(interval=np.array([0.4, 1.0])) == bucket()
+
+
+def test_sides_that_cannot_be():
+    for sides in (64, (32, 64), (64.0, 32.0)):
+        with pytest.raises(RefineError, match="vae_sides .*: give longest and shortest side, at least 16"):
+            dataclasses.replace(MODEL, vae_sides=sides)
+    of = lambda **sides: Regenerator(
+        dataclasses.replace(door().model, **sides), door().variables, ModelConfig.byte_tokenizer()
+    )
+    with pytest.raises(RefineError, match="vit_sides .* the tower sees sides of up to"):
+        of(vit_sides=(700, 600)).read(photo("a", (60, 90)), "x")
+    assert of(vae_sides=(72, 32)).read_generation("x").rows[0].bucket.base[0].size == (64, 64)
+
+
 @pytest.mark.parametrize("network", ["bagel", "vae"])
 def test_a_result_that_is_not_made_of_numbers_is_said(network):
     """In 8 bits it would be black."""
@@ -370,23 +391,6 @@ def test_bad_requests_are_refused(settings, message):
         door().regenerate(**{"image": photo("a", (60, 90)), "prompt": "x", **settings})
     with pytest.raises(RefineError, match="multiples of 16"):
         door().generate("x", (50, 64))
-    with pytest.raises(RefineError, match="unknown field 'image_cfg'"):
-        door().generate_batch([dict(prompt="x", image_cfg=3.0)])
-    with pytest.raises(RefineError, match="renorm ''"):
-        door().generate("x", renorm="")
-    interval = np.array([0.4, 1.0])
-    assert door().read_generation("x", interval=interval).rows == door().read_generation("x").rows
-    for sides in (64, (32, 64), (64.0, 32.0)):
-        with pytest.raises(RefineError, match="vae_sides .*: give longest and shortest side, at least 16"):
-            dataclasses.replace(MODEL, vae_sides=sides)
-    wide = Regenerator(dataclasses.replace(door().model, vit_sides=(700, 600)), door().variables, door().tokenizer)
-    with pytest.raises(RefineError, match="vit_sides .* the tower sees sides of up to"):
-        wide.read(photo("a", (60, 90)), "x")
-    odd = dataclasses.replace(door().model, vae_sides=(72, 32))
-    assert Regenerator(odd, door().variables, door().tokenizer).read_generation("x").rows[0].bucket.base[0].size == (
-        64,
-        64,
-    )
     with pytest.raises(RefineError, match="size .*inf"):
         door().generate("x", (float("inf"), 64))
     for request, word in ((dict(prompt="x"), "'image'"), (["x"], "mapping"), (dict(image=1, text="x"), "'prompt'")):
