@@ -1,5 +1,6 @@
 """A cache of latents and conditioning tokens gives the objective what encoding online gives, and no other model's."""
 
+import errno
 import json
 import multiprocessing
 import shutil
@@ -119,6 +120,22 @@ def test_batches_are_those_of_the_seed_on_any_hosts_and_workers(made):
     finally:
         worked.close()
     assert worked._deaths == 1 and len(set(seen)) == 10
+
+
+def test_no_room_in_shared_memory_is_said(made, monkeypatch):
+    class Full:
+        def __next__(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            pass
+
+    *_, opened = made
+    worked = cache.batches(opened, 3, 4, workers=2)
+    monkeypatch.setattr(worked, "_build", Full)
+    with pytest.raises(RefineError, match=r"data.workers 2: no room .*\(/dev/shm\), for 4 rows a batch"):
+        next(worked)
+    worked.close()
 
 
 def test_a_damaged_entry_is_left_out_and_counted(made, tmp_path):

@@ -365,6 +365,8 @@ def test_what_cannot_be_used_is_named(released, tmp_path):
         (dict(name="rvr.parquet", task="understanding"), r"task 'understanding': of parquet choose"),
         (dict(name="rvr.parquet", task="rvr", form="csv"), "format 'csv': choose one of"),
         (dict(name="rvr.parquet", task="rvr", sidde=3), "sources.it.sidde"),
+        (dict(name="pairs", task="rvr", form="records", root="x"), "sources.it.root: no such setting here"),
+        (dict(name="x", task="rvr", form="world"), "sources.it.path: no such setting here"),
         (dict(name="x.jsonl", task="understanding", form="jsonl"), "cannot be read"),
     ]
     for arguments, message in cases:

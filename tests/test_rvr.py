@@ -646,6 +646,11 @@ def test_the_small_world_is_scored(variables, tmp_path, capsys):
     assert judged == scored["correct"][1]
     with Image.open(tmp_path / "a" / "contact_sheet.png") as sheet:
         assert sheet.width > 64
+    wide = dataclasses.replace(model, vae_area=4 * model.vae_area)
+    checkpoint.save_model(tmp_path / "wide", wide.to_manifest(), variables)
+    model.byte_tokenizer(tmp_path / "wide" / "tokenizer")
+    with pytest.raises(RefineError, match="wide.*: paints a picture of 64x64 at 128x128; this set"):
+        small_world.main(tmp_path / "wide", tmp_path / "b", count=3)
     # Pictures that are right stay as they are when they are edited.
     right = np.stack([sample["image"] for sample in samples[:2]] + [first[2]])
     (tmp_path / "given").mkdir()

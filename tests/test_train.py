@@ -165,6 +165,7 @@ def test_where_the_logit_normal_lies_may_be_said(tmp_path):
         ("c.boundary = dict(r_in=1, r_out=1, alpha=1.0, r=2)", ("boundary has no key 'r'",)),
         ("c.alignment = dict(block=1)", ("alignment.weight is missing",)),
         ("c.data.workers = -1", ("data.workers -1", "from 0")),
+        ("c.seed = -1", ("seed -1", "from 0")),
         ("del c.objective", ("not of a training",)),
         ("del c.keep; del c.optimizer.decay", ("keep, optimizer.decay: missing",)),
         ("c.sigma.mean = 1.0", ("sigma.mean", "logit_normal")),
