@@ -2,7 +2,8 @@
 
     refine-jax train --config configs/bagel_rvr_32xh100.py --workdir runs/rvr --config.init_from=BAGEL-7B-MoT
 
-A row of 40 000 tokens a GPU, 1.3 M tokens a step; the data lie under data/ as released (docs/regenerate.md). Not
+A row of 40 000 tokens a GPU, 1.3 M tokens a step; the data lie under data/ as released (docs/regenerate.md). Attention
+of such rows is blocks of plain JAX; cuDNN takes rows of up to 16 384 tokens (`--config.data.tokens=16384`). Not
 compiled ahead: there is no compiler for a GPU without one.
 """
 

@@ -44,7 +44,8 @@ def bagel_objective(config: ml_collections.ConfigDict, model: BagelModel | None 
     t is drawn once a picture (`config.sigma`). CE: a mean over the tokens of all answers. The VAE is frozen; trained
     are all weights of the decoder and the tower, or a LoRA where `config.lora` gives rank, alpha, targets (an
     expression for the paths of dense layers), fresh or from the file `config.lora.init_from`. Trained weights are
-    float32, the rest and the computation `config.dtype`. `config.pictures` shows pairs of the dataset
+    float32, the rest and the computation `config.dtype`, the decoder's frozen matrices in 8 bits with
+    `config.quantize`. `config.pictures` shows pairs of the dataset
     `config.data.validation`, regenerated, or of the first source that regenerates, or else of the first that paints.
 
     Starts from a model folder or a BAGEL or RvR folder (`config.init_from`, `config.weights`), or at random with the
@@ -453,6 +454,12 @@ def _start(
         vae=dataclasses.replace(found.vae, dtype=config.dtype, param_dtype=config.dtype),
         **settings,
     )
+    if config.get("quantize"):
+        if trained:
+            raise RefineError(
+                f"quantize {config.quantize!r}: is of what a LoRA leaves frozen; set lora, or take it out"
+            )
+        made = dataclasses.replace(made, bagel=loading.quantized_part(made.bagel, config.quantize))
     return source if config.init_from else _Scratch(made, config.seed), made
 
 

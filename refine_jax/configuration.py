@@ -24,6 +24,7 @@ OPTIONAL: dict[str, Any] = {
     "pictures": None,
     "profile": (),
     "prompt": "",
+    "quantize": "",
     "remat": "",
     "scan": None,
     "validation": None,

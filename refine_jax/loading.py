@@ -247,13 +247,14 @@ def quantized(config: Model, kind: str | None) -> Model:
 
     kind: "int8", weights alone (`models.quantize`). Raises `RefineError` for another.
     """
+    names = [name for name in _NETWORKS[type(config)] if name != "vae"]
+    return dataclasses.replace(config, **{name: quantized_part(getattr(config, name), kind) for name in names})
+
+
+def quantized_part(network: Any, kind: str | None) -> Any:
+    """`quantized`, of one network's configuration."""
     check_kind(kind)
-    if kind is None:
-        return config
-    parts = {name: getattr(config, name) for name in _NETWORKS[type(config)] if name != "vae"}
-    return dataclasses.replace(
-        config, **{name: dataclasses.replace(part, param_dtype=kind) for name, part in parts.items()}
-    )
+    return network if kind is None else dataclasses.replace(network, param_dtype=kind)
 
 
 def _check_settings(family: type, settings: Mapping[str, Any]) -> None:

@@ -152,7 +152,8 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
     architecture, and what is frozen comes from the model `config.vae_from`. Trained are a LoRA of the MMDiT where
     `config.lora` gives rank, alpha, targets (an expression for the paths of its dense layers), a fresh one or that of
     the file `config.lora.init_from`; otherwise the MMDiT, and the vision-language encoder too where
-    `config.train_encoder` is set. Frozen weights and computation are `config.dtype`, trained ones float32.
+    `config.train_encoder` is set. Frozen weights and computation are `config.dtype`, trained ones float32; beside a
+    LoRA the MMDiT's matrices may be in 8 bits, `config.quantize`.
     `config.alignment` (block, weight): see `alignment`. `config.remat`, `config.scan`: of the MMDiT's blocks, by
     default as the model has them.
     """
@@ -462,6 +463,12 @@ def _start(
     for name in ("mmdit", "vae", "vl"):
         kind = "float32" if name in trained else config.dtype
         parts[name] = dataclasses.replace(getattr(found, name), dtype=config.dtype, param_dtype=kind)
+    if config.get("quantize"):
+        if trained:
+            raise RefineError(
+                f"quantize {config.quantize!r}: is of what a LoRA leaves frozen; set lora, or take it out"
+            )
+        parts["mmdit"] = loading.quantized_part(parts["mmdit"], config.quantize)
     if config.get("remat"):
         parts["mmdit"] = dataclasses.replace(parts["mmdit"], remat=config.remat)
     if config.get("scan") is not None:

@@ -300,7 +300,7 @@ _FLOW = ("aligned_heads", "alignment", "condition_area", "prompt", "scan", "vae_
 _PAIRS = ("margin_jitter", "pairs", "path", "reference_buckets", "reference_dropout", "reference_share")
 _UNREAD = {"bagel": {*_FLOW, *(f"data.{name}" for name in (*_PAIRS, "text_to_image", "weights"))}}
 _UNREAD["vae"] = _UNREAD["bagel"] | {
-    *("conditioning", "lora", "lora.init_from", "model", "remat", "data.max_corrupt", "data.validation")
+    *("conditioning", "lora", "lora.init_from", "model", "quantize", "remat", "data.max_corrupt", "data.validation")
 }
 
 

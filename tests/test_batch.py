@@ -305,14 +305,12 @@ def test_keys_that_a_batch_does_not_have(finished, tmp_path, capsys):
     manifest, _, _ = finished
     file = tmp_path / "mine.py"
     text = "from refine_jax import recipes\ndef get_config():\n    c = recipes.batch()\n    {}\n    return c\n"
-    for line, words in (
-        ("c.quantise = 'int8'", "no key 'quantise'; did you mean quantize?"),
-        ("del c.mesh", "mesh: missing"),
-    ):
+    cases = {"c.quantise = 'int8'": "no key 'quantise'; did you mean quantize?", "del c.mesh": "mesh: missing"}
+    for line, said in cases.items():
         file.write_text(text.format(line))
-        words_ = ["batch", "--manifest", str(manifest), "--output-dir", str(tmp_path / "out"), "--config", str(file)]
-        assert cli.main(words_) == 2
-        assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+        words = ["batch", "--manifest", str(manifest), "--output-dir", str(tmp_path / "out"), "--config", str(file)]
+        assert cli.main(words) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_bad_requests_are_recorded_and_hinder_nobody(models, finished, tmp_path, capsys):

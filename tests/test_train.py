@@ -17,6 +17,7 @@ import pytest
 import records_toy
 import toy
 from flax import linen as nn
+from flax.linen import meta
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -699,6 +700,35 @@ def test_a_lora_is_trained_killed_resumed_and_exported(base, tmp_path, monkeypat
     assert shown == ["00000002.png", "00000004.png"]
     with Image.open(tmp_path / "straight" / "pictures" / shown[0]) as picture:
         assert picture.size[0] > 3 * 128
+
+
+def test_a_lora_beside_weights_in_8_bits(base, tmp_path, cache):
+    """Nearly the loss of the weights as they are; the frozen kernels are int8, and what comes out fits either."""
+    plain, small = lora_config(base), lora_config(base)
+    small.quantize = "int8"
+    kernels = {
+        leaf.dtype.name
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            meta.unbox(objectives.make(small).frozen)["mmdit"]["blocks"]
+        )
+        if path[-1].key == "kernel"
+    }
+    assert kernels == {"int8"}
+    losses = {}
+    for name, config in dict(plain=plain, small=small).items():
+        config.steps = 2
+        file = train(config, tmp_path / name, progress=False) / objectives.LORA_FILE
+        losses[name] = [line["loss"] for line in final(tmp_path / name)[2]]
+        for quantize in (None, "int8"):
+            assert Refiner.load(base, lora=file, quantize=quantize).lora
+    assert losses["small"] != losses["plain"]
+    np.testing.assert_allclose(losses["small"], losses["plain"], rtol=0.02)
+    small.quantize = "int4"
+    with pytest.raises(RefineError, match="quantize 'int4': give 'int8'"):
+        objectives.make(small)
+    small.quantize, small.lora = "int8", None
+    with pytest.raises(RefineError, match="quantize 'int8': is of what a LoRA leaves frozen"):
+        objectives.make(small)
 
 
 def test_a_lora_goes_on_from_another(base, tmp_path, cache):
