@@ -1,22 +1,25 @@
-# shellcheck shell=bash disable=SC2034 # what is set here, the launchers use
+# shellcheck shell=bash disable=SC2034,SC2154 # what is set here, the launchers use; _program they set
 # What the launchers share; sourced, never run.
 #
 # Every command that changes or asks something outside goes through `run` (or `ask`, for its output), which with
 # --dry-run prints it, quoted for bash, and runs nothing.
+#
+# Variables begin with _ where a command of the user's runs: had the caller exported one of the same name, as PORT, bash
+# would pass ours on, and the training would find it in the place of the caller's.
 
 set -euo pipefail
 shopt -s inherit_errexit
 
 # The exit codes of `refine-jax train`, and of a batch that is finished but for some requests.
-readonly FAILED=1 BAD_INPUT=2 PARTLY=3 PREEMPTED=75
+readonly _failed=1 _bad_input=2 _partly=3 _preempted=75
 
-DRY_RUN=0
-CONFIG=${LAUNCH_CONFIG:-}
-RUN_FOLDER=${LAUNCH_WORKDIR:-}
-OVERRIDES=()
-COMMAND=()
+_dry_run=0
+_config=${LAUNCH_CONFIG:-}
+_workdir=${LAUNCH_WORKDIR:-}
+_overrides=()
+_command=()
 
-say() { printf '%s: %s\n' "$PROGRAM" "$*" >&2; }
+say() { printf '%s: %s\n' "$_program" "$*" >&2; }
 
 # die CODE MESSAGE: one line, then end.
 die() {
@@ -26,7 +29,7 @@ die() {
   exit "$code"
 }
 
-bad() { die "$BAD_INPUT" "$*; see $PROGRAM --help"; }
+bad() { die "$_bad_input" "$*; see $_program --help"; }
 
 # The comment at the head of a launcher is its help.
 usage() { sed -n '2,/^$/{s/^# \{0,1\}//;p;}' "$1"; }
@@ -48,7 +51,7 @@ quoted() {
 
 # run ARG...: run it, or with --dry-run print it.
 run() {
-  if ((DRY_RUN)); then
+  if ((_dry_run)); then
     quoted "$@"
     printf '\n'
   else
@@ -58,23 +61,23 @@ run() {
 
 # ask NAME ASSUMED ARG...: set the variable NAME to what a command says; with --dry-run print it, and assume.
 ask() {
-  local _name=$1 _answer=$2
+  local _into=$1 _said=$2
   shift 2
-  if ((DRY_RUN)); then
+  if ((_dry_run)); then
     run "$@"
   else
-    _answer=$("$@") || return # in an `until` bash would go on
+    _said=$("$@") || return # in an `until` bash would go on
   fi
-  printf -v "$_name" '%s' "$_answer"
+  printf -v "$_into" '%s' "$_said"
 }
 
 # pause SECONDS
-pause() { ((DRY_RUN)) || sleep "$1"; }
+pause() { ((_dry_run)) || sleep "$1"; }
 
 # need TOOL REMEDY
 need() {
-  if ! ((DRY_RUN)) && ! command -v "$1" >/dev/null; then
-    die "$BAD_INPUT" "$1 is not installed; $2"
+  if ! ((_dry_run)) && ! command -v "$1" >/dev/null; then
+    die "$_bad_input" "$1 is not installed; $2"
   fi
 }
 
@@ -104,29 +107,30 @@ one_word() {
   [[ $2 =~ ^[A-Za-z0-9_][A-Za-z0-9_./:@=+-]*$ ]] || bad "$1 $2: give letters, digits and _ . / : @ = + -"
 }
 
-# common_flag ARG...: take one flag that every launcher has; sets TAKEN to the number of arguments, 0 for none.
+# common_flag ARG...: take one flag that every launcher has; sets _taken to the number of arguments, 0 for none.
 common_flag() {
-  TAKEN=2
+  _taken=2
   case $1 in
-    --config) CONFIG=$(value "$@") ;;
-    --workdir) RUN_FOLDER=$(value "$@") ;;
-    --config.?*=*) OVERRIDES+=("$1") TAKEN=1 ;;
+    --config) _config=$(value "$@") ;;
+    --workdir) _workdir=$(value "$@") ;;
+    --config.?*=*) _overrides+=("$1") _taken=1 ;;
     --config.*) bad "$1: write --config.KEY=VALUE, with an equals sign and no space" ;;
-    --dry-run) DRY_RUN=1 TAKEN=1 ;;
-    *) TAKEN=0 ;;
+    --dry-run) _dry_run=1 _taken=1 ;;
+    *) _taken=0 ;;
   esac
 }
 
-# training: sets TRAINING to the command of every process: what came after `--`, or refine-jax train.
+# training: sets _training to the command of every process: what came after `--`, or refine-jax train.
 training() {
-  if ((${#COMMAND[@]})); then
-    [[ -z $CONFIG$RUN_FOLDER && ${#OVERRIDES[@]} == 0 ]] || bad "--config and --workdir say what a command after -- would"
-    TRAINING=("${COMMAND[@]}")
+  if ((${#_command[@]})); then
+    [[ -z $_config$_workdir && ${#_overrides[@]} == 0 ]] ||
+      bad "--config and --workdir say what a command after -- would"
+    _training=("${_command[@]}")
     return
   fi
-  given --config "$CONFIG"
-  given --workdir "$RUN_FOLDER"
-  TRAINING=(refine-jax train --config "$CONFIG" --workdir "$RUN_FOLDER" ${OVERRIDES[@]+"${OVERRIDES[@]}"})
+  given --config "$_config"
+  given --workdir "$_workdir"
+  _training=(refine-jax train --config "$_config" --workdir "$_workdir" ${_overrides[@]+"${_overrides[@]}"})
 }
 
 # verdict CODE...: what the exit codes of all processes of a run say together: done, again, stop CODE or crash CODE.
@@ -135,18 +139,18 @@ verdict() {
   local code worst=0
   for code in "$@"; do
     case $code in
-      "$BAD_INPUT") printf 'stop %s' "$BAD_INPUT" && return ;;
-      "$PREEMPTED") worst=$PREEMPTED ;;
+      "$_bad_input") printf 'stop %s' "$_bad_input" && return ;;
+      "$_preempted") worst=$_preempted ;;
       0) ;;
-      "$FAILED") ((worst == PREEMPTED)) || worst=$FAILED ;;
-      "$PARTLY") ((worst)) || worst=$PARTLY ;;
-      *) ((worst == PREEMPTED || worst == FAILED)) || worst=$code ;;
+      "$_failed") ((worst == _preempted)) || worst=$_failed ;;
+      "$_partly") ((worst)) || worst=$_partly ;;
+      *) ((worst == _preempted || worst == _failed)) || worst=$code ;;
     esac
   done
   case $worst in
     0) printf 'done' ;;
-    "$PREEMPTED") printf 'again' ;;
-    "$FAILED" | "$PARTLY") printf 'stop %s' "$worst" ;;
+    "$_preempted") printf 'again' ;;
+    "$_failed" | "$_partly") printf 'stop %s' "$worst" ;;
     *) printf 'crash %s' "$worst" ;;
   esac
 }

@@ -13,6 +13,7 @@
 # stop     suspend the JobSet: its pods get SIGTERM, the training saves; `run` continues it
 # delete   delete the JobSet, and with --cluster the node pools; gone is fine
 #
+# --config F --workdir DIR  of the training (LAUNCH_CONFIG, LAUNCH_WORKDIR)
 # --name NAME             of the JobSet; of its node pools NAME-0, NAME-1, ... (LAUNCH_NAME)
 # --image IMAGE           (LAUNCH_IMAGE)
 # --tpu v5e|v5p|v6e       (LAUNCH_TPU)            --topology T    such as 4x4 or 2x2x2 (LAUNCH_TOPOLOGY)
@@ -32,69 +33,69 @@
 # --dry-run               print the commands, run none; assumes that nothing is there and all goes well
 # -- COMMAND ...          run this in all pods instead of refine-jax train
 
-PROGRAM=gke.sh
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+_program=gke.sh
+_here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
-. "$HERE/common.sh"
+. "$_here/common.sh"
 
-NAME=${LAUNCH_NAME:-}
-IMAGE=${LAUNCH_IMAGE:-}
-TPU=${LAUNCH_TPU:-}
-TOPOLOGY=${LAUNCH_TOPOLOGY:-}
-SLICES=${LAUNCH_SLICES:-1}
-SPOT=0
-BUCKET=${LAUNCH_BUCKET:-}
-CLAIM=${LAUNCH_CLAIM:-}
-SERVICE_ACCOUNT=${LAUNCH_SERVICE_ACCOUNT:-}
-SAVE=${LAUNCH_SAVE:-300}
-MAX_RESTARTS=${LAUNCH_MAX_RESTARTS:-100}
-NAMESPACE=${LAUNCH_NAMESPACE:-}
-CONTEXT=${LAUNCH_CONTEXT:-}
-CLUSTER=${LAUNCH_CLUSTER:-}
-LOCATION=${LAUNCH_LOCATION:-}
-PROJECT=${LAUNCH_PROJECT:-}
-POLL=${LAUNCH_POLL:-30}
-POOL_FLAGS=()
+_name=${LAUNCH_NAME:-}
+_image=${LAUNCH_IMAGE:-}
+_tpu=${LAUNCH_TPU:-}
+_topology=${LAUNCH_TOPOLOGY:-}
+_slices=${LAUNCH_SLICES:-1}
+_spot=0
+_bucket=${LAUNCH_BUCKET:-}
+_claim=${LAUNCH_CLAIM:-}
+_service_account=${LAUNCH_SERVICE_ACCOUNT:-}
+_save=${LAUNCH_SAVE:-300}
+_max_restarts=${LAUNCH_MAX_RESTARTS:-100}
+_namespace=${LAUNCH_NAMESPACE:-}
+_context=${LAUNCH_CONTEXT:-}
+_cluster=${LAUNCH_CLUSTER:-}
+_location=${LAUNCH_LOCATION:-}
+_project=${LAUNCH_PROJECT:-}
+_poll=${LAUNCH_POLL:-30}
+_pool_flags=()
 
-ACTION=${1:-}
-case $ACTION in
+_action=${1:-}
+case $_action in
   --help | -h) usage "${BASH_SOURCE[0]}" && exit ;;
   create | image | run | resume | logs | status | stop | delete) shift ;;
-  *) bad "${ACTION:-nothing}: say what to do: create, image, run, resume, logs, status, stop or delete" ;;
+  *) bad "${_action:-nothing}: say what to do: create, image, run, resume, logs, status, stop or delete" ;;
 esac
 while (($#)); do
   common_flag "$@"
-  if ((TAKEN)); then
-    shift "$TAKEN"
+  if ((_taken)); then
+    shift "$_taken"
     continue
   fi
   case $1 in
     --help | -h) usage "${BASH_SOURCE[0]}" && exit ;;
-    --name) NAME=$(value "$@") ;;
-    --image) IMAGE=$(value "$@") ;;
-    --tpu) TPU=$(value "$@") ;;
-    --topology) TOPOLOGY=$(value "$@") ;;
-    --slices) SLICES=$(value "$@") ;;
-    --bucket) BUCKET=$(value "$@") ;;
-    --claim) CLAIM=$(value "$@") ;;
-    --service-account) SERVICE_ACCOUNT=$(value "$@") ;;
-    --save) SAVE=$(value "$@") ;;
-    --max-restarts) MAX_RESTARTS=$(value "$@") ;;
-    --namespace) NAMESPACE=$(value "$@") ;;
-    --context) CONTEXT=$(value "$@") ;;
-    --cluster) CLUSTER=$(value "$@") ;;
-    --location) LOCATION=$(value "$@") ;;
-    --project) PROJECT=$(value "$@") ;;
-    --pool-flag) POOL_FLAGS+=("$(value "$@")") ;;
-    --poll) POLL=$(value "$@") ;;
+    --name) _name=$(value "$@") ;;
+    --image) _image=$(value "$@") ;;
+    --tpu) _tpu=$(value "$@") ;;
+    --topology) _topology=$(value "$@") ;;
+    --slices) _slices=$(value "$@") ;;
+    --bucket) _bucket=$(value "$@") ;;
+    --claim) _claim=$(value "$@") ;;
+    --service-account) _service_account=$(value "$@") ;;
+    --save) _save=$(value "$@") ;;
+    --max-restarts) _max_restarts=$(value "$@") ;;
+    --namespace) _namespace=$(value "$@") ;;
+    --context) _context=$(value "$@") ;;
+    --cluster) _cluster=$(value "$@") ;;
+    --location) _location=$(value "$@") ;;
+    --project) _project=$(value "$@") ;;
+    --pool-flag) _pool_flags+=("$(value "$@")") ;;
+    --poll) _poll=$(value "$@") ;;
     --spot)
-      SPOT=1
+      _spot=1
       shift
       continue
       ;;
     --)
       shift
-      COMMAND=("$@")
+      _command=("$@")
       break
       ;;
     *) bad "unknown argument $1" ;;
@@ -102,68 +103,68 @@ while (($#)); do
   shift 2
 done
 
-name --name "$NAME"
-whole --slices "$SLICES" 1
-whole --save "$SAVE" 1
-whole --max-restarts "$MAX_RESTARTS" 0
-whole --poll "$POLL" 0
-[[ -z $BUCKET ]] || one_word --bucket "$BUCKET"
-[[ -z $CLAIM ]] || one_word --claim "$CLAIM"
-[[ -z $SERVICE_ACCOUNT ]] || one_word --service-account "$SERVICE_ACCOUNT"
-[[ -z $NAMESPACE ]] || one_word --namespace "$NAMESPACE"
-[[ -z $CONTEXT ]] || one_word --context "$CONTEXT"
-[[ -z $PROJECT ]] || one_word --project "$PROJECT"
-case $ACTION in
+name --name "$_name"
+whole --slices "$_slices" 1
+whole --save "$_save" 1
+whole --max-restarts "$_max_restarts" 0
+whole --poll "$_poll" 0
+[[ -z $_bucket ]] || one_word --bucket "$_bucket"
+[[ -z $_claim ]] || one_word --claim "$_claim"
+[[ -z $_service_account ]] || one_word --service-account "$_service_account"
+[[ -z $_namespace ]] || one_word --namespace "$_namespace"
+[[ -z $_context ]] || one_word --context "$_context"
+[[ -z $_project ]] || one_word --project "$_project"
+case $_action in
   create)
-    one_word --cluster "$CLUSTER"
-    one_word --location "$LOCATION"
+    one_word --cluster "$_cluster"
+    one_word --location "$_location"
     ;;
   delete)
-    [[ -z $CLUSTER ]] || one_word --cluster "$CLUSTER"
-    [[ -z $CLUSTER ]] || one_word --location "$LOCATION"
+    [[ -z $_cluster ]] || one_word --cluster "$_cluster"
+    [[ -z $_cluster ]] || one_word --location "$_location"
     ;;
-  image | run | resume) one_word --image "$IMAGE" ;;
+  image | run | resume) one_word --image "$_image" ;;
 esac
-if [[ $ACTION == create || $ACTION == run || $ACTION == resume ]]; then
-  case $TPU in
-    v5e) SELECTOR=tpu-v5-lite-podslice MACHINE=ct5lp-hightpu-4t ;;
-    v5p) SELECTOR=tpu-v5p-slice MACHINE=ct5p-hightpu-4t ;;
-    v6e) SELECTOR=tpu-v6e-slice MACHINE=ct6e-standard-4t ;;
-    *) bad "--tpu ${TPU:-is missing}: give v5e, v5p or v6e" ;;
+if [[ $_action == create || $_action == run || $_action == resume ]]; then
+  case $_tpu in
+    v5e) _selector=tpu-v5-lite-podslice _machine=ct5lp-hightpu-4t ;;
+    v5p) _selector=tpu-v5p-slice _machine=ct5p-hightpu-4t ;;
+    v6e) _selector=tpu-v6e-slice _machine=ct6e-standard-4t ;;
+    *) bad "--tpu ${_tpu:-is missing}: give v5e, v5p or v6e" ;;
   esac
-  [[ $TOPOLOGY =~ ^[1-9][0-9]{0,2}x[1-9][0-9]{0,2}(x[1-9][0-9]{0,2})?$ ]] ||
-    bad "--topology ${TOPOLOGY:-is missing}: give one such as 4x4 or 2x2x2"
-  CHIPS=$((${TOPOLOGY//x/*}))
-  ((CHIPS % 4 == 0)) || bad "--topology $TOPOLOGY: $CHIPS chips; a host has 4, give whole hosts"
-  HOSTS=$((CHIPS / 4))
+  [[ $_topology =~ ^[1-9][0-9]{0,2}x[1-9][0-9]{0,2}(x[1-9][0-9]{0,2})?$ ]] ||
+    bad "--topology ${_topology:-is missing}: give one such as 4x4 or 2x2x2"
+  _chips=$((${_topology//x/*}))
+  ((_chips % 4 == 0)) || bad "--topology $_topology: $_chips chips; a host has 4, give whole hosts"
+  _hosts=$((_chips / 4))
 fi
-if [[ $ACTION == run || $ACTION == resume ]]; then
+if [[ $_action == run || $_action == resume ]]; then
   training
   # Kubernetes puts variables in the place of $(NAME) in a command; $$ is a $.
-  TRAINING_JSON=$(json "${TRAINING[@]//\$/\$\$}")
+  _training_json=$(json "${_training[@]//\$/\$\$}")
 fi
 
-KUBECTL=(kubectl ${CONTEXT:+"--context=$CONTEXT"} ${NAMESPACE:+"--namespace=$NAMESPACE"})
-WHERE=("--cluster=$CLUSTER" "--location=$LOCATION" ${PROJECT:+"--project=$PROJECT"})
+_kubectl=(kubectl ${_context:+"--context=$_context"} ${_namespace:+"--namespace=$_namespace"})
+_where=("--cluster=$_cluster" "--location=$_location" ${_project:+"--project=$_project"})
 
-# pool ASSUMED NAME: sets FOUND to the node pool's name, empty where there is none.
+# pool ASSUMED NAME: sets _found to the node pool's name, empty where there is none.
 pool() {
-  ask FOUND "$1" gcloud container node-pools list "${WHERE[@]}" "--filter=name=$2" '--format=value(name)'
+  ask _found "$1" gcloud container node-pools list "${_where[@]}" "--filter=name=$2" '--format=value(name)'
 }
 
 create() {
-  local i shape=("--num-nodes=$HOSTS")
+  local i shape=("--num-nodes=$_hosts")
   # A slice of one host has no topology flag.
-  ((HOSTS == 1)) || shape+=("--tpu-topology=$TOPOLOGY")
-  ((SPOT == 0)) || shape+=(--spot)
-  for ((i = 0; i < SLICES; i++)); do
-    pool '' "$NAME-$i"
-    if [[ -n $FOUND ]]; then
-      say "node pool $NAME-$i is there"
+  ((_hosts == 1)) || shape+=("--tpu-topology=$_topology")
+  ((_spot == 0)) || shape+=(--spot)
+  for ((i = 0; i < _slices; i++)); do
+    pool '' "$_name-$i"
+    if [[ -n $_found ]]; then
+      say "node pool $_name-$i is there"
       continue
     fi
-    run gcloud container node-pools create "$NAME-$i" "${WHERE[@]}" "--machine-type=$MACHINE" "${shape[@]}" \
-      ${POOL_FLAGS[@]+"${POOL_FLAGS[@]}"} --quiet
+    run gcloud container node-pools create "$_name-$i" "${_where[@]}" "--machine-type=$_machine" "${shape[@]}" \
+      ${_pool_flags[@]+"${_pool_flags[@]}"} --quiet
   done
 }
 
@@ -172,13 +173,13 @@ manifest() {
 apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
-  name: $NAME
+  name: $_name
   annotations:
     # All pods of a slice in one node pool, and no other slice there.
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
   failurePolicy:
-    maxRestarts: $MAX_RESTARTS
+    maxRestarts: $_max_restarts
     rules:
     # Exit codes 1, 2 and 3, by the Job's policy below: to run again would not help.
     - name: stop
@@ -186,11 +187,11 @@ spec:
       onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
   - name: slice
-    replicas: $SLICES
+    replicas: $_slices
     template:
       spec:
-        parallelism: $HOSTS
-        completions: $HOSTS
+        parallelism: $_hosts
+        completions: $_hosts
         completionMode: Indexed
         backoffLimit: 0
         podFailurePolicy:
@@ -204,10 +205,10 @@ spec:
             onExitCodes:
               containerName: train
               operator: In
-              values: [$FAILED, $BAD_INPUT, $PARTLY]
+              values: [$_failed, $_bad_input, $_partly]
         template:
 YAML
-  [[ -z $BUCKET ]] || cat <<YAML
+  [[ -z $_bucket ]] || cat <<YAML
           metadata:
             annotations:
               gke-gcsfuse/volumes: "true"
@@ -215,12 +216,12 @@ YAML
   cat <<YAML
           spec:
             restartPolicy: Never
-            terminationGracePeriodSeconds: $SAVE
+            terminationGracePeriodSeconds: $_save
             nodeSelector:
-              cloud.google.com/gke-tpu-accelerator: $SELECTOR
-              cloud.google.com/gke-tpu-topology: "$TOPOLOGY"
+              cloud.google.com/gke-tpu-accelerator: $_selector
+              cloud.google.com/gke-tpu-topology: "$_topology"
 YAML
-  ((SPOT == 0)) || cat <<YAML
+  ((_spot == 0)) || cat <<YAML
               cloud.google.com/gke-spot: "true"
             tolerations:
             - key: cloud.google.com/gke-spot
@@ -228,136 +229,136 @@ YAML
               value: "true"
               effect: NoSchedule
 YAML
-  [[ -z $SERVICE_ACCOUNT ]] || cat <<YAML
-            serviceAccountName: "$SERVICE_ACCOUNT"
+  [[ -z $_service_account ]] || cat <<YAML
+            serviceAccountName: "$_service_account"
 YAML
   cat <<YAML
             containers:
             - name: train
-              image: "$IMAGE"
-              command: [$TRAINING_JSON]
+              image: "$_image"
+              command: [$_training_json]
               resources:
                 requests: {google.com/tpu: 4}
                 limits: {google.com/tpu: 4}
 YAML
-  [[ -z $BUCKET$CLAIM ]] || printf '              volumeMounts:\n'
-  [[ -z $BUCKET ]] || printf '              - {name: bucket, mountPath: /bucket}\n'
-  [[ -z $CLAIM ]] || printf '              - {name: data, mountPath: /data}\n'
-  [[ -z $BUCKET$CLAIM ]] || printf '            volumes:\n'
-  [[ -z $BUCKET ]] || cat <<YAML
+  [[ -z $_bucket$_claim ]] || printf '              volumeMounts:\n'
+  [[ -z $_bucket ]] || printf '              - {name: bucket, mountPath: /bucket}\n'
+  [[ -z $_claim ]] || printf '              - {name: data, mountPath: /data}\n'
+  [[ -z $_bucket$_claim ]] || printf '            volumes:\n'
+  [[ -z $_bucket ]] || cat <<YAML
             - name: bucket
               csi:
                 driver: gcsfuse.csi.storage.gke.io
-                volumeAttributes: {bucketName: "$BUCKET", mountOptions: "implicit-dirs"}
+                volumeAttributes: {bucketName: "$_bucket", mountOptions: "implicit-dirs"}
 YAML
-  [[ -z $CLAIM ]] || cat <<YAML
+  [[ -z $_claim ]] || cat <<YAML
             - name: data
-              persistentVolumeClaim: {claimName: "$CLAIM"}
+              persistentVolumeClaim: {claimName: "$_claim"}
 YAML
 }
 
-# state ASSUMED: sets STATE to GONE, Completed, Failed, Suspended or Running.
+# state ASSUMED: sets _state to GONE, Completed, Failed, Suspended or Running.
 state() {
   local answer tries=0
   # The network may come back.
-  until ask answer "$1" "${KUBECTL[@]}" get jobset "$NAME" --ignore-not-found \
+  until ask answer "$1" "${_kubectl[@]}" get jobset "$_name" --ignore-not-found \
     '--output=jsonpath=/{.spec.suspend}/{.status.terminalState}'; do
     tries=$((tries + 1))
-    ((tries < 5)) || die "$FAILED" "kubectl cannot get the JobSet $NAME"
-    pause "$POLL"
+    ((tries < 5)) || die "$_failed" "kubectl cannot get the JobSet $_name"
+    pause "$_poll"
   done
   case $answer in
-    '') STATE=GONE ;;
-    */Completed) STATE=Completed ;;
-    */Failed) STATE=Failed ;;
-    /true/*) STATE=Suspended ;;
-    *) STATE=Running ;;
+    '') _state=GONE ;;
+    */Completed) _state=Completed ;;
+    */Failed) _state=Failed ;;
+    /true/*) _state=Suspended ;;
+    *) _state=Running ;;
   esac
 }
 
 apply() {
   local text
   text=$(manifest)
-  if ((DRY_RUN)); then
-    run "${KUBECTL[@]}" apply --filename=- | sed "s/\$/ <<'YAML'/"
+  if ((_dry_run)); then
+    run "${_kubectl[@]}" apply --filename=- | sed "s/\$/ <<'YAML'/"
     printf '%s\nYAML\n' "$text"
   else
-    "${KUBECTL[@]}" apply --filename=- <<<"$text"
+    "${_kubectl[@]}" apply --filename=- <<<"$text"
   fi
 }
 
-remove() { run "${KUBECTL[@]}" delete jobset "$NAME" --ignore-not-found --cascade=foreground --wait=true; }
+remove() { run "${_kubectl[@]}" delete jobset "$_name" --ignore-not-found --cascade=foreground --wait=true; }
 
-suspend() { run "${KUBECTL[@]}" patch jobset "$NAME" --type=merge "--patch={\"spec\":{\"suspend\":$1}}"; }
+suspend() { run "${_kubectl[@]}" patch jobset "$_name" --type=merge "--patch={\"spec\":{\"suspend\":$1}}"; }
 
 launch() {
   state ''
-  case $STATE in
+  case $_state in
     GONE) apply ;;
     Failed) remove && apply ;;
     Suspended) suspend false ;;
-    Completed) say "$NAME is finished; to run it again, delete it first" ;;
-    *) say "$NAME is running" ;;
+    Completed) say "$_name is finished; to run it again, delete it first" ;;
+    *) say "$_name is running" ;;
   esac
 }
 
-# outcome: sets OUTCOME to the verdict on the pods of a JobSet that failed.
+# outcome: sets _outcome to the verdict on the pods of a JobSet that failed.
 outcome() {
   local answer codes
-  answer=$("${KUBECTL[@]}" get pods "--selector=jobset.sigs.k8s.io/jobset-name=$NAME" \
+  answer=$("${_kubectl[@]}" get pods "--selector=jobset.sigs.k8s.io/jobset-name=$_name" \
     '--output=jsonpath={range .items[*]}{.status.containerStatuses[?(@.name=="train")].state.terminated.exitCode}{" "}{end}')
   read -ra codes <<<"$answer"
-  if ((${#codes[@]})); then OUTCOME=$(verdict "${codes[@]}"); else OUTCOME='crash 255'; fi
+  if ((${#codes[@]})); then _outcome=$(verdict "${codes[@]}"); else _outcome='crash 255'; fi
   # It failed: that every pod left says 0 explains nothing.
-  [[ $OUTCOME != 'done' ]] || OUTCOME='crash 255'
+  [[ $_outcome != 'done' ]] || _outcome='crash 255'
 }
 
 resume() {
   launch
   while true; do
     state //Completed
-    case $STATE in
+    case $_state in
       Completed) break ;;
-      GONE) die "$FAILED" "$NAME was deleted" ;;
-      Suspended) die "$PREEMPTED" "$NAME was stopped; run it again to continue" ;;
+      GONE) die "$_failed" "$_name was deleted" ;;
+      Suspended) die "$_preempted" "$_name was stopped; run it again to continue" ;;
       Failed)
         outcome
-        [[ $OUTCOME == again ]] || die "${OUTCOME#* }" "the training ended with ${OUTCOME#* }; see $PROGRAM logs --name $NAME"
+        [[ $_outcome == again ]] || die "${_outcome#* }" "the training ended with ${_outcome#* }; see $_program logs --name $_name"
         say "the training was preempted and saved; running it again"
         launch
         ;;
     esac
-    pause "$POLL"
+    pause "$_poll"
   done
-  say "$NAME is finished"
+  say "$_name is finished"
 }
 
 need kubectl "install the Google Cloud CLI and run gcloud container clusters get-credentials"
-case $ACTION in
-  create | resume) "$ACTION" ;;
+case $_action in
+  create | resume) "$_action" ;;
   run) launch ;;
   image)
     need docker "install it, or build launch/Dockerfile where it is"
-    run docker build --file "$HERE/Dockerfile" --tag "$IMAGE" "$HERE/.."
-    run docker push "$IMAGE"
+    run docker build --file "$_here/Dockerfile" --tag "$_image" "$_here/.."
+    run docker push "$_image"
     ;;
   logs)
-    run "${KUBECTL[@]}" logs --follow --tail=100 --container=train \
-      "--selector=jobset.sigs.k8s.io/jobset-name=$NAME,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
+    run "${_kubectl[@]}" logs --follow --tail=100 --container=train \
+      "--selector=jobset.sigs.k8s.io/jobset-name=$_name,jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
     ;;
   status)
-    run "${KUBECTL[@]}" get jobset "$NAME" --ignore-not-found
-    run "${KUBECTL[@]}" get pods "--selector=jobset.sigs.k8s.io/jobset-name=$NAME" --output=wide
+    run "${_kubectl[@]}" get jobset "$_name" --ignore-not-found
+    run "${_kubectl[@]}" get pods "--selector=jobset.sigs.k8s.io/jobset-name=$_name" --output=wide
     ;;
   stop)
     state //
-    [[ $STATE != Running ]] || suspend true
+    [[ $_state != Running ]] || suspend true
     ;;
   delete)
     remove
-    for ((i = 0; i < SLICES && ${#CLUSTER}; i++)); do
-      pool there "$NAME-$i"
-      [[ -z $FOUND ]] || run gcloud container node-pools delete "$NAME-$i" "${WHERE[@]}" --quiet
+    for ((i = 0; i < _slices && ${#_cluster}; i++)); do
+      pool there "$_name-$i"
+      [[ -z $_found ]] || run gcloud container node-pools delete "$_name-$i" "${_where[@]}" --quiet
     done
     ;;
 esac

@@ -4,6 +4,7 @@
 #   launch/local.sh --processes 2 --config configs/tiny.py --workdir runs/tiny [--config.KEY=VALUE ...]
 #   launch/local.sh --processes 8 --gpus 1 -- COMMAND ...
 #
+# --config F --workdir DIR  of the training (LAUNCH_CONFIG, LAUNCH_WORKDIR)
 # --processes N    processes (default 1; LAUNCH_PROCESSES)
 # --gpus N         GPUs of each process, from 0 on; 0 leaves each what it sees (default 0; LAUNCH_GPUS)
 # --port N         coordinator's port (default: the first free one from 12321 on; LAUNCH_PORT)
@@ -15,44 +16,44 @@
 # are SIGKILL. A training that was preempted by itself (75) is run again. When one process fails the others are ended, and
 # this ends with its code.
 
-PROGRAM=local.sh
+_program=local.sh
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-PROCESSES=${LAUNCH_PROCESSES:-1}
-GPUS=${LAUNCH_GPUS:-0}
-PORT=${LAUNCH_PORT:-}
-LOGS=${LAUNCH_LOGS:-}
-GRACE=${LAUNCH_GRACE:-30}
-STOPPED=0
-PIDS=()
+_processes=${LAUNCH_PROCESSES:-1}
+_gpus=${LAUNCH_GPUS:-0}
+_port=${LAUNCH_PORT:-}
+_logs=${LAUNCH_LOGS:-}
+_grace=${LAUNCH_GRACE:-30}
+_stopped=0
+_pids=()
 
 while (($#)); do
   common_flag "$@"
-  if ((TAKEN)); then
-    shift "$TAKEN"
+  if ((_taken)); then
+    shift "$_taken"
     continue
   fi
   case $1 in
     --help | -h) usage "${BASH_SOURCE[0]}" && exit ;;
-    --processes) PROCESSES=$(value "$@") ;;
-    --gpus) GPUS=$(value "$@") ;;
-    --port) PORT=$(value "$@") ;;
-    --logs) LOGS=$(value "$@") ;;
-    --grace) GRACE=$(value "$@") ;;
+    --processes) _processes=$(value "$@") ;;
+    --gpus) _gpus=$(value "$@") ;;
+    --port) _port=$(value "$@") ;;
+    --logs) _logs=$(value "$@") ;;
+    --grace) _grace=$(value "$@") ;;
     --)
       shift
-      COMMAND=("$@")
+      _command=("$@")
       break
       ;;
     *) bad "unknown argument $1" ;;
   esac
   shift 2
 done
-whole --processes "$PROCESSES" 1
-whole --gpus "$GPUS" 0
-whole --grace "$GRACE" 0
-[[ -z $PORT ]] || whole --port "$PORT" 1
+whole --processes "$_processes" 1
+whole --gpus "$_gpus" 0
+whole --grace "$_grace" 0
+[[ -z $_port ]] || whole --port "$_port" 1
 training
 
 free_port() {
@@ -63,82 +64,82 @@ free_port() {
   printf '%s' "$port"
 }
 
-# environment I: sets SETTINGS for process I.
+# environment I: sets _settings for process I.
 environment() {
   local ids='' gpu
-  SETTINGS=(
-    "JAX_COORDINATOR_ADDRESS=127.0.0.1:$PORT" "JAX_NUM_PROCESSES=$PROCESSES" "JAX_PROCESS_ID=$1"
+  _settings=(
+    "JAX_COORDINATOR_ADDRESS=127.0.0.1:$_port" "JAX_NUM_PROCESSES=$_processes" "JAX_PROCESS_ID=$1"
   )
-  for ((gpu = $1 * GPUS; gpu < ($1 + 1) * GPUS; gpu++)); do ids+=${ids:+,}$gpu; done
-  [[ -z $ids ]] || SETTINGS+=("JAX_LOCAL_DEVICE_IDS=$ids")
+  for ((gpu = $1 * _gpus; gpu < ($1 + 1) * _gpus; gpu++)); do ids+=${ids:+,}$gpu; done
+  [[ -z $ids ]] || _settings+=("JAX_LOCAL_DEVICE_IDS=$ids")
 }
 
 # shellcheck disable=SC2317,SC2329 # called by the trap
 forward() {
-  ((STOPPED < 2)) || return 0
+  ((_stopped < 2)) || return 0
   local signals=(TERM KILL)
-  kill "-${signals[STOPPED]}" ${PIDS[@]+"${PIDS[@]}"} 2>/dev/null || true
-  STOPPED=$((STOPPED + 1))
+  kill "-${signals[_stopped]}" ${_pids[@]+"${_pids[@]}"} 2>/dev/null || true
+  _stopped=$((_stopped + 1))
 }
 
-# once: run all processes to their end; sets OUTCOME to the verdict.
+# once: run all processes to their end; sets _outcome to the verdict.
 once() {
-  local i pid code=0 codes=() left deadline=''
-  PIDS=()
-  for ((i = 0; i < PROCESSES; i++)); do
-    environment "$i"
-    if [[ -n $LOGS ]]; then
-      env "${SETTINGS[@]}" "${TRAINING[@]}" >>"$LOGS/process-$i.log" 2>&1 &
-    elif ((PROCESSES > 1)); then
-      env "${SETTINGS[@]}" "${TRAINING[@]}" > >(sed -u "s/^/[$i] /") 2>&1 &
+  local _i _pid _code=0 _codes=() _left _deadline=''
+  _pids=()
+  for ((_i = 0; _i < _processes; _i++)); do
+    environment "$_i"
+    if [[ -n $_logs ]]; then
+      env "${_settings[@]}" "${_training[@]}" >>"$_logs/process-$_i.log" 2>&1 &
+    elif ((_processes > 1)); then
+      env "${_settings[@]}" "${_training[@]}" > >(sed -u "s/^/[$_i] /") 2>&1 &
     else
-      env "${SETTINGS[@]}" "${TRAINING[@]}" &
+      env "${_settings[@]}" "${_training[@]}" &
     fi
-    PIDS+=("$!")
+    _pids+=("$!")
   done
-  left=${#PIDS[@]}
-  ((STOPPED == 0)) || kill -TERM "${PIDS[@]}" 2>/dev/null || true
-  while ((left)); do
-    for i in "${!PIDS[@]}"; do
-      pid=${PIDS[i]}
-      ! kill -0 "$pid" 2>/dev/null || continue
-      code=0
-      wait "$pid" || code=$?
-      [[ -n $deadline ]] || codes+=("$code") # what the others are ended with says nothing
-      unset "PIDS[$i]"
-      left=$((left - 1))
-      if ((code != 0 && code != PREEMPTED && left)) && [[ -z $deadline ]]; then
-        say "process $i ended with $code; ending the others"
-        kill -TERM "${PIDS[@]}" 2>/dev/null || true
-        deadline=$((SECONDS + GRACE))
+  _left=${#_pids[@]}
+  ((_stopped == 0)) || kill -TERM "${_pids[@]}" 2>/dev/null || true
+  while ((_left)); do
+    for _i in "${!_pids[@]}"; do
+      _pid=${_pids[_i]}
+      ! kill -0 "$_pid" 2>/dev/null || continue
+      _code=0
+      wait "$_pid" || _code=$?
+      [[ -n $_deadline ]] || _codes+=("$_code") # what the others are ended with says nothing
+      unset "_pids[$_i]"
+      _left=$((_left - 1))
+      if ((_code != 0 && _code != _preempted && _left)) && [[ -z $_deadline ]]; then
+        say "process $_i ended with $_code; ending the others"
+        kill -TERM "${_pids[@]}" 2>/dev/null || true
+        _deadline=$((SECONDS + _grace))
       fi
     done
-    if [[ -n $deadline ]] && ((left && SECONDS >= deadline)); then
-      kill -KILL "${PIDS[@]}" 2>/dev/null || true
+    if [[ -n $_deadline ]] && ((_left && SECONDS >= _deadline)); then
+      kill -KILL "${_pids[@]}" 2>/dev/null || true
     fi
-    ((left == 0)) || sleep 0.2 || true
+    ((_left == 0)) || sleep 0.2 || true
   done
-  OUTCOME=$(verdict "${codes[@]}")
+  _outcome=$(verdict "${_codes[@]}")
 }
 
-PORT=${PORT:-$(free_port)}
-if ((DRY_RUN)); then
-  for ((i = 0; i < PROCESSES; i++)); do
-    environment "$i"
-    run env "${SETTINGS[@]}" "${TRAINING[@]}"
+_port=${_port:-$(free_port)}
+if ((_dry_run)); then
+  for ((_i = 0; _i < _processes; _i++)); do
+    environment "$_i"
+    run env "${_settings[@]}" "${_training[@]}"
   done
   exit
 fi
-[[ -z $LOGS ]] || mkdir -p -- "$LOGS"
+[[ -z $_logs ]] || mkdir -p -- "$_logs"
 trap forward TERM INT HUP
 while true; do
   once
-  case $OUTCOME in
+  case $_outcome in
     done) exit 0 ;;
     again)
-      ((STOPPED == 0)) || exit "$PREEMPTED"
+      ((_stopped == 0)) || exit "$_preempted"
       say "preempted and saved; running again"
       ;;
-    *) exit "${OUTCOME#* }" ;;
+    *) exit "${_outcome#* }" ;;
   esac
 done

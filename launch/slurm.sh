@@ -10,6 +10,7 @@
 # stop     SIGTERM: the training saves and ends; the job does not come back
 # delete   cancel the job; gone is fine
 #
+# --config F --workdir DIR  of the training (LAUNCH_CONFIG, LAUNCH_WORKDIR)
 # --name NAME          of the job (LAUNCH_NAME)
 # --nodes N            (default 1; LAUNCH_NODES)
 # --gpus N             GPUs of a node (default 8; LAUNCH_GPUS)
@@ -25,104 +26,105 @@
 #
 # Submit from an environment in which refine-jax is installed on a disk that all nodes share: Slurm takes it along.
 
-PROGRAM=slurm.sh
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+_program=slurm.sh
+_here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
-. "$HERE/common.sh"
+. "$_here/common.sh"
 
-NAME=${LAUNCH_NAME:-}
-NODES=${LAUNCH_NODES:-1}
-GPUS=${LAUNCH_GPUS:-8}
-TASK=${LAUNCH_TASK:-gpu}
-TIME=${LAUNCH_TIME:-}
-PARTITION=${LAUNCH_PARTITION:-}
-ACCOUNT=${LAUNCH_ACCOUNT:-}
-SAVE=${LAUNCH_SAVE:-300}
-LOG=${LAUNCH_LOG:-}
-MAX_RESTARTS=${LAUNCH_MAX_RESTARTS:-5}
-FLAGS=()
+_name=${LAUNCH_NAME:-}
+_nodes=${LAUNCH_NODES:-1}
+_gpus=${LAUNCH_GPUS:-8}
+_task=${LAUNCH_TASK:-gpu}
+_time=${LAUNCH_TIME:-}
+_partition=${LAUNCH_PARTITION:-}
+_account=${LAUNCH_ACCOUNT:-}
+_save=${LAUNCH_SAVE:-300}
+_log=${LAUNCH_LOG:-}
+_max_restarts=${LAUNCH_MAX_RESTARTS:-5}
+_flags=()
 
-ACTION=${1:-}
-case $ACTION in
+_action=${1:-}
+case $_action in
   --help | -h) usage "${BASH_SOURCE[0]}" && exit ;;
   submit | status | logs | stop | delete) shift ;;
-  *) bad "${ACTION:-nothing}: say what to do: submit, status, logs, stop or delete" ;;
+  *) bad "${_action:-nothing}: say what to do: submit, status, logs, stop or delete" ;;
 esac
 while (($#)); do
   common_flag "$@"
-  if ((TAKEN)); then
-    shift "$TAKEN"
+  if ((_taken)); then
+    shift "$_taken"
     continue
   fi
   case $1 in
     --help | -h) usage "${BASH_SOURCE[0]}" && exit ;;
-    --name) NAME=$(value "$@") ;;
-    --nodes) NODES=$(value "$@") ;;
-    --gpus) GPUS=$(value "$@") ;;
-    --task) TASK=$(value "$@") ;;
-    --time) TIME=$(value "$@") ;;
-    --partition) PARTITION=$(value "$@") ;;
-    --account) ACCOUNT=$(value "$@") ;;
-    --save) SAVE=$(value "$@") ;;
-    --log) LOG=$(value "$@") ;;
-    --max-restarts) MAX_RESTARTS=$(value "$@") ;;
-    --sbatch-flag) FLAGS+=("$(value "$@")") ;;
+    --name) _name=$(value "$@") ;;
+    --nodes) _nodes=$(value "$@") ;;
+    --gpus) _gpus=$(value "$@") ;;
+    --task) _task=$(value "$@") ;;
+    --time) _time=$(value "$@") ;;
+    --partition) _partition=$(value "$@") ;;
+    --account) _account=$(value "$@") ;;
+    --save) _save=$(value "$@") ;;
+    --log) _log=$(value "$@") ;;
+    --max-restarts) _max_restarts=$(value "$@") ;;
+    --sbatch-flag) _flags+=("$(value "$@")") ;;
     --)
       shift
-      COMMAND=("$@")
+      _command=("$@")
       break
       ;;
     *) bad "unknown argument $1" ;;
   esac
   shift 2
 done
-name --name "$NAME"
-whole --nodes "$NODES" 1
-whole --gpus "$GPUS" 1
-whole --save "$SAVE" 1
-whole --max-restarts "$MAX_RESTARTS" 0
-[[ $TASK == gpu || $TASK == node ]] || bad "--task $TASK: give gpu or node"
-[[ -z $TIME || $TIME =~ ^[0-9:-]+$ ]] || bad "--time $TIME: give a limit such as 24:00:00 or 2-00"
-[[ -z $PARTITION ]] || one_word --partition "$PARTITION"
-[[ -z $ACCOUNT ]] || one_word --account "$ACCOUNT"
-LOG=${LOG:-$NAME.log}
+name --name "$_name"
+whole --nodes "$_nodes" 1
+whole --gpus "$_gpus" 1
+whole --save "$_save" 1
+whole --max-restarts "$_max_restarts" 0
+[[ $_task == gpu || $_task == node ]] || bad "--task $_task: give gpu or node"
+[[ -z $_time || $_time =~ ^[0-9:-]+$ ]] || bad "--time $_time: give a limit such as 24:00:00 or 2-00"
+[[ -z $_partition ]] || one_word --partition "$_partition"
+[[ -z $_account ]] || one_word --account "$_account"
+_log=${_log:-$_name.log}
 # Slurm reads % in a file name; a name of ours is meant as it is.
-[[ $LOG == /* ]] || LOG=$PWD/$LOG
+[[ $_log == /* ]] || _log=$PWD/$_log
 
-# job: sets ID to the number of the job of this name, empty where none waits or runs.
+# job: sets _id to the number of the job of this name, empty where none waits or runs.
 job() {
-  ask ID "$1" squeue --me "--name=$NAME" --states=PENDING,RUNNING,SUSPENDED --noheader --format=%i
-  ID=${ID%%$'\n'*}
+  ask _id "$1" squeue --me "--name=$_name" --states=PENDING,RUNNING,SUSPENDED --noheader --format=%i
+  _id=${_id%%$'\n'*}
 }
 
-if [[ $ACTION != logs ]]; then need squeue "run this on a login node of the cluster"; fi
-case $ACTION in
+if [[ $_action != logs ]]; then need squeue "run this on a login node of the cluster"; fi
+case $_action in
   submit)
     training
-    tasks=$GPUS
-    [[ $TASK == gpu ]] || tasks=1
+    _tasks=$_gpus
+    [[ $_task == gpu ]] || _tasks=1
     job ''
-    if [[ -n $ID ]]; then
-      say "$NAME is job $ID already"
+    if [[ -n $_id ]]; then
+      say "$_name is job $_id already"
       exit
     fi
     # B: to the batch script, which passes it on: one way for a time limit, a stop and a preemption.
-    run env "REFINE_JAX_MAX_RESTARTS=$MAX_RESTARTS" "REFINE_JAX_GRACE=$SAVE" sbatch "--job-name=$NAME" \
-      "--nodes=$NODES" "--ntasks-per-node=$tasks" "--gpus-per-node=$GPUS" ${TIME:+"--time=$TIME"} \
-      ${PARTITION:+"--partition=$PARTITION"} ${ACCOUNT:+"--account=$ACCOUNT"} --requeue --open-mode=append \
-      "--signal=B:TERM@$SAVE" "--output=${LOG//%/%%}" ${FLAGS[@]+"${FLAGS[@]}"} "$HERE/slurm.sbatch" "${TRAINING[@]}"
+    run env "REFINE_JAX_MAX_RESTARTS=$_max_restarts" "REFINE_JAX_GRACE=$_save" sbatch "--job-name=$_name" \
+      "--nodes=$_nodes" "--ntasks-per-node=$_tasks" "--gpus-per-node=$_gpus" ${_time:+"--time=$_time"} \
+      ${_partition:+"--partition=$_partition"} ${_account:+"--account=$_account"} --requeue --open-mode=append \
+      "--signal=B:TERM@$_save" "--output=${_log//%/%%}" ${_flags[@]+"${_flags[@]}"} "$_here/slurm.sbatch" \
+      "${_training[@]}"
     ;;
-  status) run squeue --me "--name=$NAME" "--format=%i %j %T %M %r" ;;
-  logs) run tail -n 100 -F -- "$LOG" ;;
+  status) run squeue --me "--name=$_name" "--format=%i %j %T %M %r" ;;
+  logs) run tail -n 100 -F -- "$_log" ;;
   stop)
     job 1
-    if [[ -n $ID ]]; then
-      run scontrol update "JobId=$ID" Requeue=0
-      run scancel --batch --signal=TERM "$ID"
+    if [[ -n $_id ]]; then
+      run scontrol update "JobId=$_id" Requeue=0
+      run scancel --batch --signal=TERM "$_id"
     fi
     ;;
   delete)
     job 1
-    [[ -z $ID ]] || run scancel "$ID"
+    [[ -z $_id ]] || run scancel "$_id"
     ;;
 esac

@@ -13,6 +13,7 @@
 # stop     SIGTERM on all workers: the training saves and ends with 75
 # delete   give the TPUs back; gone is fine
 #
+# --config F --workdir DIR  of the training (LAUNCH_CONFIG, LAUNCH_WORKDIR)
 # --name NAME             of the queued resource and its nodes (LAUNCH_NAME)
 # --zone ZONE             (LAUNCH_ZONE)            --project PROJECT  default: gcloud's (LAUNCH_PROJECT)
 # --accelerator TYPE      such as v5litepod-64, v5p-32 or v6e-16 (LAUNCH_ACCELERATOR)
@@ -29,106 +30,106 @@
 #
 # Several workers need the key in an agent: ssh-add ~/.ssh/google_compute_engine
 
-PROGRAM=tpu_vm.sh
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+_program=tpu_vm.sh
+_here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=common.sh
-. "$HERE/common.sh"
+. "$_here/common.sh"
 
-NAME=${LAUNCH_NAME:-}
-ZONE=${LAUNCH_ZONE:-}
-PROJECT=${LAUNCH_PROJECT:-}
-ACCELERATOR=${LAUNCH_ACCELERATOR:-}
-SLICES=${LAUNCH_SLICES:-1}
-RUNTIME=${LAUNCH_RUNTIME:-}
-SETUP=${LAUNCH_SETUP:-}
-POLL=${LAUNCH_POLL:-30}
-MAX_RESTARTS=${LAUNCH_MAX_RESTARTS:-5}
-CAPACITY=()
-CREATE_FLAGS=()
-SSH_FLAGS=()
+_name=${LAUNCH_NAME:-}
+_zone=${LAUNCH_ZONE:-}
+_project=${LAUNCH_PROJECT:-}
+_accelerator=${LAUNCH_ACCELERATOR:-}
+_slices=${LAUNCH_SLICES:-1}
+_runtime=${LAUNCH_RUNTIME:-}
+_setup=${LAUNCH_SETUP:-}
+_poll=${LAUNCH_POLL:-30}
+_max_restarts=${LAUNCH_MAX_RESTARTS:-5}
+_capacity=()
+_create_flags=()
+_ssh_flags=()
 
-ACTION=${1:-}
-case $ACTION in
+_action=${1:-}
+case $_action in
   --help | -h) usage "${BASH_SOURCE[0]}" && exit ;;
   resume | create | install | run | logs | status | stop | delete) shift ;;
-  *) bad "${ACTION:-nothing}: say what to do: resume, create, install, run, logs, status, stop or delete" ;;
+  *) bad "${_action:-nothing}: say what to do: resume, create, install, run, logs, status, stop or delete" ;;
 esac
 while (($#)); do
   common_flag "$@"
-  if ((TAKEN)); then
-    shift "$TAKEN"
+  if ((_taken)); then
+    shift "$_taken"
     continue
   fi
   case $1 in
     --help | -h) usage "${BASH_SOURCE[0]}" && exit ;;
-    --name) NAME=$(value "$@") ;;
-    --zone) ZONE=$(value "$@") ;;
-    --project) PROJECT=$(value "$@") ;;
-    --accelerator) ACCELERATOR=$(value "$@") ;;
-    --slices) SLICES=$(value "$@") ;;
-    --runtime) RUNTIME=$(value "$@") ;;
-    --setup) SETUP=$(value "$@") ;;
-    --create-flag) CREATE_FLAGS+=("$(value "$@")") ;;
-    --ssh-flag) SSH_FLAGS+=("$(value "$@")") ;;
-    --poll) POLL=$(value "$@") ;;
-    --max-restarts) MAX_RESTARTS=$(value "$@") ;;
+    --name) _name=$(value "$@") ;;
+    --zone) _zone=$(value "$@") ;;
+    --project) _project=$(value "$@") ;;
+    --accelerator) _accelerator=$(value "$@") ;;
+    --slices) _slices=$(value "$@") ;;
+    --runtime) _runtime=$(value "$@") ;;
+    --setup) _setup=$(value "$@") ;;
+    --create-flag) _create_flags+=("$(value "$@")") ;;
+    --ssh-flag) _ssh_flags+=("$(value "$@")") ;;
+    --poll) _poll=$(value "$@") ;;
+    --max-restarts) _max_restarts=$(value "$@") ;;
     --spot | --reserved)
-      CAPACITY=("$1")
+      _capacity=("$1")
       shift
       continue
       ;;
     --)
       shift
-      COMMAND=("$@")
+      _command=("$@")
       break
       ;;
     *) bad "unknown argument $1" ;;
   esac
   shift 2
 done
-name --name "$NAME"
-one_word --zone "$ZONE"
-[[ -z $PROJECT ]] || one_word --project "$PROJECT"
-whole --slices "$SLICES" 1
-whole --poll "$POLL" 0
-whole --max-restarts "$MAX_RESTARTS" 0
-if [[ $ACTION == resume || $ACTION == create ]]; then
-  one_word --accelerator "$ACCELERATOR"
-  case $ACCELERATOR in
-    v5litepod-*) RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite} ;;
-    v5p-*) RUNTIME=${RUNTIME:-v2-alpha-tpuv5} ;;
-    v6e-*) RUNTIME=${RUNTIME:-v2-alpha-tpuv6e} ;;
-    *) [[ -n $RUNTIME ]] || bad "--accelerator $ACCELERATOR: no image is known for it; give --runtime too" ;;
+name --name "$_name"
+one_word --zone "$_zone"
+[[ -z $_project ]] || one_word --project "$_project"
+whole --slices "$_slices" 1
+whole --poll "$_poll" 0
+whole --max-restarts "$_max_restarts" 0
+if [[ $_action == resume || $_action == create ]]; then
+  one_word --accelerator "$_accelerator"
+  case $_accelerator in
+    v5litepod-*) _runtime=${_runtime:-v2-alpha-tpuv5-lite} ;;
+    v5p-*) _runtime=${_runtime:-v2-alpha-tpuv5} ;;
+    v6e-*) _runtime=${_runtime:-v2-alpha-tpuv6e} ;;
+    *) [[ -n $_runtime ]] || bad "--accelerator $_accelerator: no image is known for it; give --runtime too" ;;
   esac
 fi
-if [[ $ACTION == resume || $ACTION == run ]]; then training; fi
+if [[ $_action == resume || $_action == run ]]; then training; fi
 need gcloud "install the Google Cloud CLI and run gcloud init"
-WHERE=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
+_where=("--zone=$_zone" ${_project:+"--project=$_project"})
 
 resources() { run gcloud compute tpus queued-resources "$@"; }
 
-# state ASSUMED: sets STATE to the state of the queued resource, GONE where there is none.
+# state ASSUMED: sets _state to the state of the queued resource, GONE where there is none.
 state() {
-  local answer tries=0
+  local answer tries=0 describe
+  describe=(gcloud compute tpus queued-resources describe "$_name" "${_where[@]}" '--format=value(state.state)')
   while true; do
-    if ((DRY_RUN)); then
-      ask STATE "$1" gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" '--format=value(state.state)'
+    if ((_dry_run)); then
+      ask _state "$1" "${describe[@]}"
       return
     fi
-    if answer=$(gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" '--format=value(state.state)' 2>&1)
-    then
-      STATE=$(tail -n 1 <<<"$answer")
+    if answer=$("${describe[@]}" 2>&1); then
+      _state=$(tail -n 1 <<<"$answer")
       return
     elif [[ $answer == *NOT_FOUND* || $answer == *"not found"* ]]; then
-      STATE=GONE
+      _state=GONE
       return
     fi
     tries=$((tries + 1))
     # The network may come back; a permission does not.
     if ((tries >= 5)) || [[ $answer == *PERMISSION_DENIED* || $answer == *"gcloud auth login"* ]]; then
-      die "$FAILED" "gcloud cannot describe $NAME: $(grep -v '^$' <<<"$answer" | head -n 1)"
+      die "$_failed" "gcloud cannot describe $_name: $(grep -v '^$' <<<"$answer" | head -n 1)"
     fi
-    pause "$POLL"
+    pause "$_poll"
   done
 }
 
@@ -136,30 +137,30 @@ state() {
 remote() {
   local which=$1
   shift
-  resources ssh "$NAME" "${WHERE[@]}" "--node=$which" "--worker=$which" --quiet ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} \
+  resources ssh "$_name" "${_where[@]}" "--node=$which" "--worker=$which" --quiet ${_ssh_flags[@]+"${_ssh_flags[@]}"} \
     "--command=$(quoted bash tpu_worker.sh "$@")"
 }
 
 create() {
-  local nodes=(--node-id="$NAME") fresh=0
-  ((SLICES == 1)) || nodes=(--node-count="$SLICES" --node-prefix="$NAME")
+  local nodes=(--node-id="$_name") fresh=0
+  ((_slices == 1)) || nodes=(--node-count="$_slices" --node-prefix="$_name")
   state GONE
   while true; do
-    case $STATE in
+    case $_state in
       ACTIVE) return ;;
       GONE)
         fresh=1
-        resources create "$NAME" "${WHERE[@]}" "--accelerator-type=$ACCELERATOR" "--runtime-version=$RUNTIME" \
-          "${nodes[@]}" ${CAPACITY[@]+"${CAPACITY[@]}"} ${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"} --quiet
+        resources create "$_name" "${_where[@]}" "--accelerator-type=$_accelerator" "--runtime-version=$_runtime" \
+          "${nodes[@]}" ${_capacity[@]+"${_capacity[@]}"} ${_create_flags[@]+"${_create_flags[@]}"} --quiet
         ;;
       SUSPENDED | FAILED)
-        if [[ $STATE == FAILED ]] && ((fresh)); then
-          die "$FAILED" "the request for $NAME failed; see why: gcloud compute tpus queued-resources describe $NAME"
+        if [[ $_state == FAILED ]] && ((fresh)); then
+          die "$_failed" "the request for $_name failed; see why: gcloud compute tpus queued-resources describe $_name"
         fi
-        say "$NAME is $STATE; giving it back and asking again"
-        resources delete "$NAME" "${WHERE[@]}" --force --quiet || true # the next look says whether it is gone
+        say "$_name is $_state; giving it back and asking again"
+        resources delete "$_name" "${_where[@]}" --force --quiet || true # the next look says whether it is gone
         ;;
-      *) say "$NAME is $STATE; waiting" && pause "$POLL" ;;
+      *) say "$_name is $_state; waiting" && pause "$_poll" ;;
     esac
     state ACTIVE
   done
@@ -167,71 +168,71 @@ create() {
 
 install() {
   local version cache=${XDG_CACHE_HOME:-$HOME/.cache}/refine-jax
-  version=$(git -C "$HERE" rev-parse --verify --quiet HEAD) ||
-    die "$BAD_INPUT" "$HERE is in no git checkout; clone the repository and launch from there"
-  git -C "$HERE/.." diff --quiet HEAD -- || say "what is not committed is not sent to the workers"
+  version=$(git -C "$_here" rev-parse --verify --quiet HEAD) ||
+    die "$_bad_input" "$_here is in no git checkout; clone the repository and launch from there"
+  git -C "$_here/.." diff --quiet HEAD -- || say "what is not committed is not sent to the workers"
   # In an `if`, as resume calls this, bash would go on after a failure.
   run mkdir -p "$cache" &&
-    run git -C "$HERE/.." archive --format=tar.gz -o "$cache/refine-jax-$NAME.tar.gz" "$version" &&
-    resources scp "$HERE/tpu_worker.sh" "$cache/refine-jax-$NAME.tar.gz" "$NAME:" "${WHERE[@]}" --node=all \
-      --worker=all --quiet ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} &&
-    remote all install "$NAME" "$version" "$SETUP"
+    run git -C "$_here/.." archive --format=tar.gz -o "$cache/refine-jax-$_name.tar.gz" "$version" &&
+    resources scp "$_here/tpu_worker.sh" "$cache/refine-jax-$_name.tar.gz" "$_name:" "${_where[@]}" --node=all \
+      --worker=all --quiet ${_ssh_flags[@]+"${_ssh_flags[@]}"} &&
+    remote all install "$_name" "$version" "$_setup"
 }
 
-# workers: sets RUNNING to how many run, CODES to what the others ended with; fails where they cannot be asked.
+# workers: sets _running to how many run, _codes to what the others ended with; fails where they cannot be asked.
 workers() {
   local answer line
-  RUNNING=0 CODES=()
-  if ((DRY_RUN)); then
-    remote all status "$NAME"
-    CODES=(0)
+  _running=0 _codes=()
+  if ((_dry_run)); then
+    remote all status "$_name"
+    _codes=(0)
     return
   fi
-  answer=$(remote all status "$NAME") || return
+  answer=$(remote all status "$_name") || return
   while read -r line; do
     [[ $line =~ worker\ [^\ ]+\ (absent|ready|running|ended)(\ ([0-9]+))? ]] || continue
     case ${BASH_REMATCH[1]} in
-      running) RUNNING=$((RUNNING + 1)) ;;
-      ended) CODES+=("${BASH_REMATCH[3]}") ;;
-      *) CODES+=(255) ;; # a new machine in the place of the old one
+      running) _running=$((_running + 1)) ;;
+      ended) _codes+=("${BASH_REMATCH[3]}") ;;
+      *) _codes+=(255) ;; # a new machine in the place of the old one
     esac
   done <<<"$answer"
-  ((RUNNING + ${#CODES[@]}))
+  ((_running + ${#_codes[@]}))
 }
 
-# watch: wait for the end of the run; sets OUTCOME to the verdict, or to lost where the TPUs went.
+# watch: wait for the end of the run; sets _outcome to the verdict, or to lost where the TPUs went.
 watch() {
   local silent=0 failed=0
   while true; do
     if workers; then
       silent=0
-      if ((RUNNING == 0)); then
+      if ((_running == 0)); then
         # A worker may fail because its neighbour is being taken away: look again before believing it.
-        OUTCOME=$(verdict "${CODES[@]}")
-        if [[ $OUTCOME != 'done' ]]; then
-          pause "$POLL"
+        _outcome=$(verdict "${_codes[@]}")
+        if [[ $_outcome != 'done' ]]; then
+          pause "$_poll"
           state ACTIVE
-          [[ $STATE == ACTIVE ]] || OUTCOME=lost
+          [[ $_state == ACTIVE ]] || _outcome=lost
         fi
         return
-      elif ((${#CODES[@]})) && [[ $(verdict "${CODES[@]}") != 'done' ]]; then
+      elif ((${#_codes[@]})) && [[ $(verdict "${_codes[@]}") != 'done' ]]; then
         failed=$((failed + 1))
         # The others find out within two minutes, by jax's heartbeat; else they never will.
-        if ((failed == 10)); then remote all stop "$NAME" KILL || true; fi
+        if ((failed == 10)); then remote all stop "$_name" KILL || true; fi
       fi
     else
       silent=$((silent + 1))
       if ((silent == 10)); then
-        OUTCOME='crash 255'
+        _outcome='crash 255'
         return
       fi
     fi
     state ACTIVE
-    if [[ $STATE != ACTIVE ]]; then
-      OUTCOME=lost
+    if [[ $_state != ACTIVE ]]; then
+      _outcome=lost
       return
     fi
-    pause "$POLL"
+    pause "$_poll"
   done
 }
 
@@ -239,43 +240,43 @@ resume() {
   local crashes=0
   while true; do
     create
-    if install && remote all start "$NAME" "${TRAINING[@]}"; then
+    if install && remote all start "$_name" "${_training[@]}"; then
       watch
     else
-      OUTCOME='crash 255'
+      _outcome='crash 255'
       state ACTIVE
-      [[ $STATE == ACTIVE ]] || OUTCOME=lost
+      [[ $_state == ACTIVE ]] || _outcome=lost
     fi
-    case $OUTCOME in
+    case $_outcome in
       done) break ;;
-      lost) say "$NAME was preempted; asking for it again" ;;
+      lost) say "$_name was preempted; asking for it again" ;;
       again) say "the training was preempted and saved; running it again" ;;
-      stop*) die "${OUTCOME#* }" "the training ended with ${OUTCOME#* }; see $PROGRAM logs --name $NAME --zone $ZONE" ;;
+      stop*) die "${_outcome#* }" "the training ended with ${_outcome#* }; see $_program logs --name $_name --zone $_zone" ;;
       crash*)
         crashes=$((crashes + 1))
-        if ((crashes > MAX_RESTARTS)); then
-          die "$FAILED" "the training ended with ${OUTCOME#* }, $crashes times; see $PROGRAM logs --name $NAME --zone $ZONE"
+        if ((crashes > _max_restarts)); then
+          die "$_failed" "the training ended with ${_outcome#* }, $crashes times; see $_program logs --name $_name --zone $_zone"
         fi
-        say "the training ended with ${OUTCOME#* }; running it again ($crashes of $MAX_RESTARTS)"
-        pause "$POLL"
+        say "the training ended with ${_outcome#* }; running it again ($crashes of $_max_restarts)"
+        pause "$_poll"
         ;;
     esac
   done
-  say "finished; give the TPUs back with $PROGRAM delete --name $NAME --zone $ZONE"
+  say "finished; give the TPUs back with $_program delete --name $_name --zone $_zone"
 }
 
-case $ACTION in
-  resume | create | install) "$ACTION" ;;
-  run) remote all start "$NAME" "${TRAINING[@]}" ;;
-  logs) remote 0 log "$NAME" ;;
-  stop) remote all stop "$NAME" ;;
+case $_action in
+  resume | create | install) "$_action" ;;
+  run) remote all start "$_name" "${_training[@]}" ;;
+  logs) remote 0 log "$_name" ;;
+  stop) remote all stop "$_name" ;;
   status)
     state ACTIVE
-    ((DRY_RUN)) || echo "$NAME $STATE"
-    [[ $STATE != ACTIVE ]] || remote all status "$NAME"
+    ((_dry_run)) || echo "$_name $_state"
+    [[ $_state != ACTIVE ]] || remote all status "$_name"
     ;;
   delete)
     state ACTIVE
-    [[ $STATE == GONE ]] || resources delete "$NAME" "${WHERE[@]}" --force --quiet
+    [[ $_state == GONE ]] || resources delete "$_name" "${_where[@]}" --force --quiet
     ;;
 esac

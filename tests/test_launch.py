@@ -207,13 +207,41 @@ def test_shellcheck():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_every_flag(script):
+def test_help_names_every_flag_and_variable(script):
     done = subprocess.run(["bash", LAUNCH / script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     source = (LAUNCH / script).read_text() + (LAUNCH / "common.sh").read_text()
     flags = {flag for line in re.findall(r"^ +((?:--[a-z-]+(?: \| )?)+)\)", source, re.M) for flag in line.split(" | ")}
     assert len(flags) > 5
-    assert [flag for flag in flags - {"--"} if flag not in done.stdout] == []
+    read = set(re.findall(r"\$\{(LAUNCH_[A-Z_]+)", source))
+    assert {"LAUNCH_CONFIG", "LAUNCH_WORKDIR"} < read
+    assert [flag for flag in (flags | read) - {"--"} if flag not in done.stdout] == []
+
+
+def test_what_the_caller_exports_reaches_the_training(cloud):
+    """No variable of the scripts takes the place of one that the caller has exported under the same name."""
+    scripts = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"]
+    text = "\n".join(path.read_text() for path in scripts)
+    names = set(re.findall(r"(?<![\w$-])([A-Za-z]\w*)(?:\+?=|\[)", text)) | set(re.findall(r"\$\{?([A-Za-z]\w*)", text))
+    names |= {"PORT", "NAME", "CONFIG", "GPUS", "PROCESSES", "PROJECT", "TIME", "STATE", "code", "step", "FAILED"}
+    ours = ("LAUNCH_", "JAX_", "REFINE_JAX_", "SLURM_", "BASH_", "PYTHON", "XDG_")
+    names = sorted(name for name in names if not name.startswith(ours) and name not in {*os.environ, "SECONDS", "HOME"})
+    env = {**os.environ, **dict.fromkeys(names, "caller"), "SLURM_JOB_ID": "7"}
+    show = ["bash", "-c", 'env >>"$CLOUD/seen"']
+    home = Path("home", "refine-jax", "n")
+    (home / "source").mkdir(parents=True)
+    (home / "installed").write_text("v\n")
+    for script, *args in [
+        ("local.sh", "--processes", "2", "--", *show),
+        ("local.sh", "--", *show),
+        ("slurm.sbatch", *show),
+        ("slurm.sh", "submit", "--name", "n", "--", *show),
+        ("tpu_worker.sh", "install", "n", "v", show[2]),
+        ("tpu_worker.sh", "_run", "n", *show),
+    ]:
+        subprocess.run(["bash", f"checkout/launch/{script}", *args], env=env, check=True, stdout=subprocess.DEVNULL)
+    seen = [*(cloud / "seen").read_text().splitlines(), *(cloud / "sbatch_env").read_text().splitlines()]
+    assert {name: seen.count(f"{name}=caller") for name in names} == dict.fromkeys(names, 7)
 
 
 TPU = ["--name", "n", "--zone", "z", "--accelerator", "v6e-16", "--config", "c", "--workdir", "w"]
@@ -569,7 +597,7 @@ def test_slurm_sigterm_saves_and_requeues(cloud, requeues):
 
 
 def test_slurm_sigterm_before_the_step_is_known(cloud):
-    (cloud / "slow").write_text("""trap '[[ $BASH_COMMAND != "step=\\$!" ]] || sleep 0.5' DEBUG""")
+    (cloud / "slow").write_text("""trap '[[ $BASH_COMMAND != "_step=\\$!" ]] || sleep 0.5' DEBUG""")
     with batch("bash", "-c", SAVES, BASH_ENV=str(cloud / "slow")) as job:
         assert job.stdout.readline() == "up\n"
         job.send_signal(signal.SIGTERM)
