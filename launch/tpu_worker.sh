@@ -47,7 +47,7 @@ install() {
   mkdir "$_home/source"
   tar -xzf "$HOME/refine-jax-$_name.tar.gz" -C "$_home/source"
   [[ -x $_home/venv/bin/python ]] || environment
-  "$_home/venv/bin/python" -m pip install --quiet -e "$_home/source[tpu,watch]"
+  "$_home/venv/bin/python" -m pip install --quiet -e "$_home/source[tpu,watch,parquet,data]"
   printf '%s\n' "$_version" >"$_home/installed"
   echo "$(hostname): installed $_version"
 }

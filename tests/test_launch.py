@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -282,6 +283,14 @@ def test_bad_flags_give_one_line_and_run_nothing(cloud, script, args, words):
     done = launch(script, *args, code=2)
     assert done.stdout == "" and len(done.stderr.splitlines()) == 1 and words in done.stderr
     assert calls(cloud) == []
+
+
+@pytest.mark.parametrize("script", ["tpu_worker.sh", "Dockerfile"])
+def test_what_is_installed_reads_what_the_shipped_configurations_name(script):
+    """TensorBoard's files, Parquet tables, procedural data: --setup runs too early to add them."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (found,) = re.findall(r"pip install .*\[([a-z,]+)\]", (LAUNCH / script).read_text())
+    assert {"tpu", "watch", "parquet", "data"} <= set(found.split(",")) <= set(extras)
 
 
 # ------------------------------------------------------------------------------------------------ TPU VMs
