@@ -240,16 +240,23 @@ YAML
               resources:
                 requests: {google.com/tpu: 4}
                 limits: {google.com/tpu: 4}
+              volumeMounts:
+              # The data loader's processes pass batches through it; a pod's own has 64 MiB.
+              - {name: shm, mountPath: /dev/shm}
 YAML
-  [[ -z $_bucket$_claim ]] || printf '              volumeMounts:\n'
   [[ -z $_bucket ]] || printf '              - {name: bucket, mountPath: /bucket}\n'
   [[ -z $_claim ]] || printf '              - {name: data, mountPath: /data}\n'
-  [[ -z $_bucket$_claim ]] || printf '            volumes:\n'
+  cat <<YAML
+            volumes:
+            - {name: shm, emptyDir: {medium: Memory}}
+YAML
+  # A checkpoint is committed by renaming its folder, which gcsfuse refuses unless a limit is given (a bucket with folders
+  # of its own, a hierarchical namespace, needs none).
   [[ -z $_bucket ]] || cat <<YAML
             - name: bucket
               csi:
                 driver: gcsfuse.csi.storage.gke.io
-                volumeAttributes: {bucketName: "$_bucket", mountOptions: "implicit-dirs"}
+                volumeAttributes: {bucketName: "$_bucket", mountOptions: "implicit-dirs,rename-dir-limit=200000"}
 YAML
   [[ -z $_claim ]] || cat <<YAML
             - name: data

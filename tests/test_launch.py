@@ -508,7 +508,15 @@ def test_gke_life(cloud):
         "cloud.google.com/gke-tpu-topology": "4x4",
         "cloud.google.com/gke-spot": "true",
     }
-    assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
+    # Batches pass through /dev/shm; a checkpoint's folder is renamed.
+    assert pod["containers"][0]["volumeMounts"] == [
+        {"name": "shm", "mountPath": "/dev/shm"},
+        {"name": "bucket", "mountPath": "/bucket"},
+    ]
+    shared, bucket = pod["volumes"]
+    assert shared == {"name": "shm", "emptyDir": {"medium": "Memory"}} and bucket["name"] == "bucket"
+    options = bucket["csi"]["volumeAttributes"]
+    assert options == {"bucketName": "b", "mountOptions": "implicit-dirs,rename-dir-limit=200000"}
     stops = job["template"]["spec"]["podFailurePolicy"]["rules"][1]["onExitCodes"]["values"]
     assert stops == [1, 2, 3] and jobset["spec"]["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
 
@@ -546,7 +554,10 @@ def test_gke_dry_run_is_what_a_run_does(cloud):
     written = (cloud / "manifest.yaml").read_text()
     assert written in dry.stdout
     job = yaml.safe_load(written)["spec"]["replicatedJobs"][0]
-    command = job["template"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    assert [mount["name"] for mount in pod["containers"][0]["volumeMounts"]] == ["shm", "data"]
+    assert [volume["name"] for volume in pod["volumes"]] == ["shm", "data"]
+    command = pod["containers"][0]["command"]
     given = [word.replace("$$", "$") for word in command]  # as Kubernetes reads it
     assert given[3:] == [HOSTILE + "\n\t", "--workdir", "/data/" + HOSTILE, f"--config.x={HOSTILE}"]
     assert "$(" not in "".join(command).replace("$$", "")
