@@ -166,17 +166,27 @@ create() {
   done
 }
 
-install() {
-  local version cache=${XDG_CACHE_HOME:-$HOME/.cache}/refine-jax
-  version=$(git -C "$_here" rev-parse --verify --quiet HEAD) ||
+# to_send: sets _version to the commit that is sent; it must hold the configuration, unless that lies on the workers.
+to_send() {
+  _version=$(git -C "$_here" rev-parse --verify --quiet HEAD) ||
     die "$_bad_input" "$_here is in no git checkout; clone the repository and launch from there"
+  if [[ -n $_config && $_config != /* ]]; then
+    # ls-tree reads . and .. in a path, and no patterns.
+    [[ $(git -C "$_here/.." ls-tree "$_version" -- "$_config" 2>/dev/null) == *' blob '* ]] ||
+      die "$_bad_input" "--config $_config is not in the commit that is sent to the workers; add and commit it"
+  fi
+}
+
+install() {
+  local cache=${XDG_CACHE_HOME:-$HOME/.cache}/refine-jax
+  to_send
   git -C "$_here/.." diff --quiet HEAD -- || say "what is not committed is not sent to the workers"
   # In an `if`, as resume calls this, bash would go on after a failure.
   run mkdir -p "$cache" &&
-    run git -C "$_here/.." archive --format=tar.gz -o "$cache/refine-jax-$_name.tar.gz" "$version" &&
+    run git -C "$_here/.." archive --format=tar.gz -o "$cache/refine-jax-$_name.tar.gz" "$_version" &&
     resources scp "$_here/tpu_worker.sh" "$cache/refine-jax-$_name.tar.gz" "$_name:" "${_where[@]}" --node=all \
       --worker=all --quiet ${_ssh_flags[@]+"${_ssh_flags[@]}"} &&
-    remote all install "$_name" "$version" "$_setup"
+    remote all install "$_name" "$_version" "$_setup"
 }
 
 # workers: sets _running to how many run, _codes to what the others ended with; fails where they cannot be asked.
@@ -238,6 +248,7 @@ watch() {
 
 resume() {
   local crashes=0
+  to_send
   while true; do
     create
     if install && remote all start "$_name" "${_training[@]}"; then

@@ -123,6 +123,7 @@ def place(tmp_path_factory):
         (tools / name).write_text("#!/usr/bin/env bash\n" + RECORD + body)
         (tools / name).chmod(0o755)
     shutil.copytree(LAUNCH, checkout / "launch")
+    (checkout / HOSTILE).touch()
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(checkout)]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
         subprocess.run(git + command, check=True)
@@ -448,6 +449,17 @@ def test_tpu_resume_gives_up_on_crashes_and_on_a_failed_request(cloud):
     assert "the request for run-1 failed" in done.stderr
     (cloud / "states").write_text("ERROR: PERMISSION_DENIED: no\n")
     assert "PERMISSION_DENIED" in launch("tpu_vm.sh", "create", *TPU_HERE, code=1).stderr
+
+
+def test_tpu_configuration_that_is_not_sent(cloud):
+    """What is not in the commit would be missed on the workers, after the TPUs were waited for."""
+    Path("new.py").touch()
+    for config in ("new.py", "checkout/new.py", "../new.py", "launch"):
+        done = launch("tpu_vm.sh", "resume", *TPU_HERE, "--config", config, "--workdir", "w", code=2)
+        assert f"--config {config} is not in the commit" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert calls(cloud) == []
+    for config in ("launch/tpu_vm.sh", "./launch/../launch/tpu_vm.sh", "/mnt/new.py"):
+        launch("tpu_vm.sh", "resume", *TPU_HERE, "--config", config, "--workdir", "w", "--dry-run")
 
 
 def test_tpu_lost_worker_is_waited_for_no_longer(cloud):
