@@ -177,16 +177,28 @@ to_send() {
   fi
 }
 
+# install: where it fails, sets _broken to what failed on which workers; empty where they could not be reached.
 install() {
-  local cache=${XDG_CACHE_HOME:-$HOME/.cache}/refine-jax
+  local answer line what code=0 cache=${XDG_CACHE_HOME:-$HOME/.cache}/refine-jax
+  local -A where=()
+  _broken=''
   to_send
   git -C "$_here/.." diff --quiet HEAD -- || say "what is not committed is not sent to the workers"
   # In an `if`, as resume calls this, bash would go on after a failure.
   run mkdir -p "$cache" &&
     run git -C "$_here/.." archive --format=tar.gz -o "$cache/refine-jax-$_name.tar.gz" "$_version" &&
     resources scp "$_here/tpu_worker.sh" "$cache/refine-jax-$_name.tar.gz" "$_name:" "${_where[@]}" --node=all \
-      --worker=all --quiet ${_ssh_flags[@]+"${_ssh_flags[@]}"} &&
-    remote all install "$_name" "$_version" "$_setup"
+      --worker=all --quiet ${_ssh_flags[@]+"${_ssh_flags[@]}"} ||
+    return
+  answer=$(remote all install "$_name" "$_version" "$_setup") || code=$?
+  while read -r line; do
+    [[ $line =~ worker\ ([^\ ]+)\ failed\ (setup|installation) ]] || continue
+    where[${BASH_REMATCH[2]}]+=" ${BASH_REMATCH[1]}"
+  done <<<"$answer"
+  for what in "${!where[@]}"; do _broken+="${_broken:+; }$what failed on${where[$what]}"; done
+  [[ -z $_broken ]] || code=$_bad_input
+  [[ -z $answer ]] || printf '%s\n' "$answer" >&$((code ? 2 : 1))
+  return "$code"
 }
 
 # workers: sets _running to how many run, _codes to what the others ended with; fails where they cannot be asked.
@@ -233,7 +245,7 @@ watch() {
     else
       silent=$((silent + 1))
       if ((silent == 10)); then
-        _outcome='crash 255'
+        _outcome=unreached
         return
       fi
     fi
@@ -247,14 +259,18 @@ watch() {
 }
 
 resume() {
-  local crashes=0
+  local what crashes=0 logs="see $_program logs --name $_name --zone $_zone"
   to_send
   while true; do
     create
     if install && remote all start "$_name" "${_training[@]}"; then
       watch
     else
-      _outcome='crash 255'
+      _outcome=unreached
+      if [[ -n $_broken ]]; then
+        _outcome=broken
+        pause "$_poll" # it may have failed because the machine is being taken away
+      fi
       state ACTIVE
       [[ $_state == ACTIVE ]] || _outcome=lost
     fi
@@ -262,13 +278,14 @@ resume() {
       done) break ;;
       lost) say "$_name was preempted; asking for it again" ;;
       again) say "the training was preempted and saved; running it again" ;;
-      stop*) die "${_outcome#* }" "the training ended with ${_outcome#* }; see $_program logs --name $_name --zone $_zone" ;;
-      crash*)
+      stop*) die "${_outcome#* }" "the training ended with ${_outcome#* }; $logs" ;;
+      broken) die "$_bad_input" "$_broken: see the output above" ;;
+      crash* | unreached)
+        what="the training ended with ${_outcome#* }"
+        [[ $_outcome != unreached ]] || what="the workers of $_name cannot be reached"
         crashes=$((crashes + 1))
-        if ((crashes > _max_restarts)); then
-          die "$_failed" "the training ended with ${_outcome#* }, $crashes times; see $_program logs --name $_name --zone $_zone"
-        fi
-        say "the training ended with ${_outcome#* }; running it again ($crashes of $_max_restarts)"
+        ((crashes <= _max_restarts)) || die "$_failed" "$what, $crashes times; $logs"
+        say "$what; running it again ($crashes of $_max_restarts)"
         pause "$_poll"
         ;;
     esac
@@ -277,7 +294,14 @@ resume() {
 }
 
 case $_action in
-  resume | create | install) "$_action" ;;
+  resume | create) "$_action" ;;
+  install)
+    install || {
+      _code=$?
+      [[ -z $_broken ]] || die "$_code" "$_broken: see the output above"
+      exit "$_code"
+    }
+    ;;
   run) remote all start "$_name" "${_training[@]}" ;;
   logs) remote 0 log "$_name" ;;
   stop) remote all stop "$_name" ;;

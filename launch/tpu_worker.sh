@@ -31,16 +31,32 @@ environment() {
   python3 -m uv venv --quiet --seed --python 3.12 "$_home/venv"
 }
 
+# attempt WHAT COMMAND...: where it fails, one line that tpu_vm.sh knows (ssh to many gives no code to rely on), and the
+# last lines of its output.
+attempt() {
+  local _what=$1
+  shift
+  ! "$@" >"$_home/$_what.log" 2>&1 || return 0
+  echo "worker $(hostname) failed $_what"
+  tail -n 10 "$_home/$_what.log" | sed "s/^/$(hostname): /"
+  exit 2
+}
+
 install() {
   local _version=$1 _setup=$2
   # The preparation (a mount, say) is for this boot of the machine; the rest lasts.
-  [[ -z $_setup ]] || bash -euo pipefail -c "$_setup"
+  [[ -z $_setup ]] || attempt setup bash -euo pipefail -c "$_setup"
   if [[ $(cat "$_home/installed" 2>/dev/null) == "$_version" ]]; then
     echo "$(hostname): $_version is installed"
     return
   fi
+  attempt installation bash "${BASH_SOURCE[0]}" _install "$_name" "$_version"
+  echo "$(hostname): installed $_version"
+}
+
+_install() {
   if locked; then
-    echo "$(hostname): a run is going on; stop it before installing another version" >&2
+    echo "a run is going on; stop it before installing another version"
     exit 2
   fi
   rm -rf "$_home/installed" "$_home/source"
@@ -48,8 +64,7 @@ install() {
   tar -xzf "$HOME/refine-jax-$_name.tar.gz" -C "$_home/source"
   [[ -x $_home/venv/bin/python ]] || environment
   "$_home/venv/bin/python" -m pip install --quiet -e "$_home/source[tpu,watch,parquet,data]"
-  printf '%s\n' "$_version" >"$_home/installed"
-  echo "$(hostname): installed $_version"
+  printf '%s\n' "$1" >"$_home/installed"
 }
 
 start() {
@@ -116,6 +131,6 @@ log() {
 }
 
 case $_action in
-  install | start | _run | status | stop | log) "$_action" "$@" ;;
+  install | _install | start | _run | status | stop | log) "$_action" "$@" ;;
   *) echo "tpu_worker.sh: unknown action $_action" >&2 && exit 2 ;;
 esac

@@ -107,6 +107,7 @@ done
     "hostname": 'echo "host-${WORKER:-}"',
     # A worker's Python, for its environment: the real one would install for minutes.
     "python3.13": r"""
+if [[ $2 == pip && -e $CLOUD/pip_fails ]]; then echo "no such package" >&2; exit 1; fi
 [[ $2 != venv ]] || { mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/tool-of-venv"; }
 """,
 }
@@ -440,7 +441,11 @@ def test_tpu_resume_gives_up_on_crashes_and_on_a_failed_request(cloud):
         *plan(cloud, ["code 0 134"] * 9, ["code 0 134"] * 9),
         code=1,
     )
-    assert asked(cloud).count("start") == 3 and "134, 3 times" in done.stderr
+    assert asked(cloud).count("start") == 3 and "the training ended with 134, 3 times" in done.stderr
+    shutil.rmtree(cloud / "worker-0")
+    (cloud / "worker-0").touch()  # no place to log in to
+    done = launch("tpu_vm.sh", "resume", *TPU_HERE, "--max-restarts", "1", "--", "true", code=1)
+    assert "the workers of run-1 cannot be reached, 2 times" in done.stderr and "the training" not in done.stderr
     (cloud / "calls").unlink()
     (cloud / "states").write_text("FAILED\n")  # an old one: asked for again; the new one: told
     (cloud / "after_create").write_text("FAILED\n")
@@ -460,6 +465,27 @@ def test_tpu_configuration_that_is_not_sent(cloud):
     assert calls(cloud) == []
     for config in ("launch/tpu_vm.sh", "./launch/../launch/tpu_vm.sh", "/mnt/new.py"):
         launch("tpu_vm.sh", "resume", *TPU_HERE, "--config", config, "--workdir", "w", "--dry-run")
+
+
+def test_tpu_setup_or_installation_that_fails(cloud):
+    """It is no crash: what failed where, why, and the end. One that fails as its machine goes is a preemption."""
+    (cloud / "states").write_text("ACTIVE\n")
+    for action in ("resume", "install"):
+        fails = ["--setup", "((WORKER == 0)) || { echo no such disk >&2; exit 32; }"]
+        done = launch("tpu_vm.sh", action, *TPU_HERE, *fails, *plan(cloud, [], []), code=2)
+        *_, why, end = done.stderr.splitlines()
+        assert why == "host-1: no such disk" and "setup failed on host-1: see" in end and "training" not in end
+    assert asked(cloud).count("install") == 2 and "start" not in asked(cloud)
+    (cloud / "pip_fails").touch()
+    shutil.rmtree(cloud / "worker-0" / "refine-jax")
+    done = launch("tpu_vm.sh", "resume", *TPU_HERE, *plan(cloud, [], []), code=2)
+    assert "installation failed on host-0 host-1: see" in done.stderr and "host-1: no such package" in done.stderr
+    (cloud / "pip_fails").unlink()
+
+    goes = "[[ -e $CLOUD/went ]] || { ((WORKER == 0)) || touch $CLOUD/went; echo SUSPENDED >$CLOUD/states; exit 1; }"
+    (cloud / "calls").unlink()
+    done = launch("tpu_vm.sh", "resume", *TPU_HERE, "--setup", goes, "--", "true")
+    assert "was preempted; asking for it again" in done.stderr and asked(cloud).count("install") == 2
 
 
 def test_tpu_lost_worker_is_waited_for_no_longer(cloud):
