@@ -10,7 +10,7 @@
 # run      start the training on all workers, in the background; one that runs goes on
 # logs     follow the output of the first worker
 # status   the state of the TPUs and of each worker
-# stop     SIGTERM on all workers: the training saves and ends with 75
+# stop     SIGTERM on all workers: the training saves and ends with 75; so does a resume that waits for it, anywhere
 # delete   give the TPUs back; gone is fine
 #
 # --config F --workdir DIR  of the training (LAUNCH_CONFIG, LAUNCH_WORKDIR)
@@ -201,7 +201,8 @@ install() {
   return "$code"
 }
 
-# workers: sets _running to how many run, _codes to what the others ended with; fails where they cannot be asked.
+# workers: sets _running to how many run, _codes to what the others ended with, _told to whether one was told to stop;
+# fails where they cannot be asked.
 workers() {
   local answer line
   _running=0 _codes=()
@@ -211,8 +212,10 @@ workers() {
     return
   fi
   answer=$(remote all status "$_name") || return
+  _told=0
   while read -r line; do
-    [[ $line =~ worker\ [^\ ]+\ (absent|ready|running|ended)(\ ([0-9]+))? ]] || continue
+    [[ $line =~ worker\ [^\ ]+\ (absent|ready|running|ended)(\ ([0-9]+))?(,\ told\ to\ stop)? ]] || continue
+    [[ -z ${BASH_REMATCH[4]} ]] || _told=1
     case ${BASH_REMATCH[1]} in
       running) _running=$((_running + 1)) ;;
       ended) _codes+=("${BASH_REMATCH[3]}") ;;
@@ -240,7 +243,7 @@ watch() {
       elif ((${#_codes[@]})) && [[ $(verdict "${_codes[@]}") != 'done' ]]; then
         failed=$((failed + 1))
         # The others find out within two minutes, by jax's heartbeat; else they never will.
-        if ((failed == 10)); then remote all stop "$_name" KILL || true; fi
+        if ((failed == 10)); then remote all kill "$_name" || true; fi
       fi
     else
       silent=$((silent + 1))
@@ -259,11 +262,13 @@ watch() {
 }
 
 resume() {
-  local what crashes=0 logs="see $_program logs --name $_name --zone $_zone"
+  local what how=start crashes=0 logs="see $_program logs --name $_name --zone $_zone"
   to_send
+  _told=0
   while true; do
     create
-    if install && remote all start "$_name" "${_training[@]}"; then
+    if install && remote all "$how" "$_name" "${_training[@]}"; then
+      how=again # a stop from now on, from wherever, is for this resume
       watch
     else
       _outcome=unreached
@@ -273,6 +278,9 @@ resume() {
       fi
       state ACTIVE
       [[ $_state == ACTIVE ]] || _outcome=lost
+    fi
+    if ((_told)) && [[ $_outcome == @(again|lost|crash*|unreached) ]]; then
+      die "$_preempted" "$_name was told to stop; resume it, or run it, to continue"
     fi
     case $_outcome in
       done) break ;;

@@ -3,8 +3,10 @@
 #
 #   tpu_worker.sh install NAME VERSION SETUP   unpack refine-jax-NAME.tar.gz, make its environment
 #   tpu_worker.sh start NAME COMMAND ...       run in the background; a run that is there continues
-#   tpu_worker.sh status NAME                  one line: worker HOST absent|ready|running|ended [CODE]
-#   tpu_worker.sh stop NAME [TERM|KILL]        pass a signal on
+#   tpu_worker.sh again NAME COMMAND ...       start, unless it was told to stop since the last start
+#   tpu_worker.sh status NAME                  one line: worker HOST absent|ready|running|ended [CODE][, told to stop]
+#   tpu_worker.sh stop NAME                    SIGTERM; a mark stays, until the next start
+#   tpu_worker.sh kill NAME                    SIGKILL
 #   tpu_worker.sh log NAME                     follow the output, to the end of the run
 
 set -euo pipefail
@@ -69,6 +71,7 @@ _install() {
 
 start() {
   [[ -f $_home/installed ]] || { echo "$(hostname): nothing is installed" >&2 && exit 2; }
+  rm -f "$_home/stop"
   exec 9>"$_home/lock"
   if ! flock -n 9; then
     echo "$(hostname): already running"
@@ -79,6 +82,14 @@ start() {
   setsid nohup bash "${BASH_SOURCE[0]}" _run "$_name" "$@" </dev/null >>"$_home/log" 2>&1 &
   echo "$!" >"$_home/pid"
   echo "$(hostname): started"
+}
+
+again() {
+  if [[ -e $_home/stop ]]; then
+    echo "$(hostname): told to stop"
+  else
+    start "$@"
+  fi
 }
 
 # The run itself, in a session of its own.
@@ -99,7 +110,8 @@ _run() {
 }
 
 status() {
-  local state=ready code=''
+  local state=ready code='' told=''
+  [[ ! -e $_home/stop ]] || told=', told to stop'
   if locked; then
     state=running
   elif [[ -f $_home/code ]]; then
@@ -109,16 +121,16 @@ status() {
   elif [[ ! -f $_home/installed ]]; then
     state=absent
   fi
-  printf 'worker %s %s%s\n' "$(hostname)" "$state" "${code:+ $code}"
+  printf 'worker %s %s%s%s\n' "$(hostname)" "$state" "${code:+ $code}" "$told"
 }
 
 stop() {
-  locked || return 0
-  if [[ ${1:-TERM} == KILL ]]; then
-    kill -KILL -- "-$(<"$_home/pid")" 2>/dev/null || true # its whole session
-  else
-    kill -TERM "$(<"$_home/pid")" 2>/dev/null || true
-  fi
+  touch "$_home/stop" # also where nothing runs: a resume may be about to start it again
+  ! locked || kill -TERM "$(<"$_home/pid")" 2>/dev/null || true
+}
+
+kill_all() {
+  ! locked || kill -KILL -- "-$(<"$_home/pid")" 2>/dev/null || true # its whole session
 }
 
 log() {
@@ -131,6 +143,7 @@ log() {
 }
 
 case $_action in
-  install | _install | start | _run | status | stop | log) "$_action" "$@" ;;
+  install | _install | start | again | _run | status | stop | log) "$_action" "$@" ;;
+  kill) kill_all ;;
   *) echo "tpu_worker.sh: unknown action $_action" >&2 && exit 2 ;;
 esac

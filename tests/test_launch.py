@@ -356,7 +356,7 @@ def test_tpu_life(cloud):
     assert follower.wait(20) == 0  # it ends with the run
     status = lambda: launch("tpu_vm.sh", "status", *where).stdout
     wait_for(lambda: "running" not in status())
-    assert status().splitlines()[1:] == ["worker host-0 ended 75", "worker host-1 ended 75"]
+    assert status().splitlines()[1:] == [f"worker host-{i} ended 75, told to stop" for i in (0, 1)]
     launch("tpu_vm.sh", "stop", *where)  # nothing runs: fine
     launch("tpu_vm.sh", "run", *where, *command)
     wait_for(lambda: "running" not in status())
@@ -384,8 +384,8 @@ def test_tpu_resume_from_preemption_to_the_end(cloud):
     assert "run-1 was preempted; asking for it again" in said
     assert any("running it again (1 of 5)" in line for line in said) and said[-1].startswith("finished")
     steps = [word for word in asked(cloud) if word not in ("describe", "status")]
-    once = ["scp", "install", "start"]
-    assert steps == ["delete", "create", *once, *once, "delete", "create", *once, *once]
+    once, again = ["scp", "install", "start"], ["scp", "install", "again"]
+    assert steps == ["delete", "create", *once, *again, "delete", "create", *again, *again]
 
 
 @pytest.mark.parametrize("codes, end", [((2, 134), 2), ((134, 1), 1), ((0, 0), 0)])
@@ -405,7 +405,7 @@ def test_tpu_failure_while_the_machines_go_is_no_failure(cloud):
         'printf "SUSPENDING\\nSUSPENDED\\n" >"$CLOUD/states"; exit 1; fi\n'
     )
     done = launch("tpu_vm.sh", "resume", *TPU_HERE, "--", "bash", str(cloud / "fade.bash"))
-    assert "was preempted; asking for it again" in done.stderr and asked(cloud).count("start") == 2
+    assert "was preempted; asking for it again" in done.stderr and asked(cloud).count("again") == 1
 
 
 def test_verdict():
@@ -441,7 +441,7 @@ def test_tpu_resume_gives_up_on_crashes_and_on_a_failed_request(cloud):
         *plan(cloud, ["code 0 134"] * 9, ["code 0 134"] * 9),
         code=1,
     )
-    assert asked(cloud).count("start") == 3 and "the training ended with 134, 3 times" in done.stderr
+    assert (asked(cloud).count("start"), asked(cloud).count("again")) == (1, 2) and "the training ended with 134, 3 times" in done.stderr
     shutil.rmtree(cloud / "worker-0")
     (cloud / "worker-0").touch()  # no place to log in to
     done = launch("tpu_vm.sh", "resume", *TPU_HERE, "--max-restarts", "1", "--", "true", code=1)
@@ -465,6 +465,29 @@ def test_tpu_configuration_that_is_not_sent(cloud):
     assert calls(cloud) == []
     for config in ("launch/tpu_vm.sh", "./launch/../launch/tpu_vm.sh", "/mnt/new.py"):
         launch("tpu_vm.sh", "resume", *TPU_HERE, "--config", config, "--workdir", "w", "--dry-run")
+
+
+def test_tpu_stop_ends_a_resume_elsewhere(cloud):
+    """Whether the training saves (75) or had not begun (143), whether it runs or is about to be started again."""
+    (cloud / "states").write_text("ACTIVE\n")
+    where = ["--name", "run-1", "--zone", "z1"]
+    command = plan(cloud, ["code 60 0", "code 0 139", "code 0 0"], ["code 60 0", "code 0 143", "code 0 0"])
+    args = ["bash", "checkout/launch/tpu_vm.sh", "resume", *TPU_HERE]
+    with subprocess.Popen([*args, *command], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as elsewhere:
+        wait_for(lambda: (cloud / "started-1").exists())
+        launch("tpu_vm.sh", "stop", *where)
+        assert elsewhere.wait(20) == 75
+        assert "tpu_vm.sh: run-1 was told to stop; resume it, or run it, to continue\n" == elsewhere.stderr.read()
+    assert asked(cloud).count("again") == 0
+
+    # The first setup marks what the start by hand takes away, the second one what a stop meanwhile would.
+    mark = ["--setup", "touch $HOME/refine-jax/run-1/stop"]
+    done = launch("tpu_vm.sh", "resume", *TPU_HERE, *mark, *command, code=75)
+    assert "(1 of 5)" in done.stderr and "was told to stop" in done.stderr
+    assert (cloud / "started-1").read_text().count("x") == 2
+    launch("tpu_vm.sh", "run", *where, *command)
+    wait_for(lambda: "running" not in launch("tpu_vm.sh", "status", *where).stdout)
+    assert "told" not in launch("tpu_vm.sh", "status", *where).stdout
 
 
 def test_tpu_setup_or_installation_that_fails(cloud):
@@ -494,7 +517,7 @@ def test_tpu_lost_worker_is_waited_for_no_longer(cloud):
     script = cloud / "hang.bash"
     script.write_text('((WORKER)) || exit 2\ntrap "" TERM\nwhile true; do sleep 0.2; done\n')
     launch("tpu_vm.sh", "resume", *TPU_HERE, "--", "bash", str(script), code=2)
-    assert asked(cloud).count("stop") == 1
+    assert asked(cloud).count("kill") == 1
 
 
 def test_tpu_dry_run_is_what_a_run_does(cloud):
