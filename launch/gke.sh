@@ -250,8 +250,7 @@ YAML
             volumes:
             - {name: shm, emptyDir: {medium: Memory}}
 YAML
-  # A checkpoint is committed by renaming its folder, which gcsfuse refuses unless a limit is given (a bucket with folders
-  # of its own, a hierarchical namespace, needs none).
+  # A checkpoint is committed by renaming its folder; gcsfuse renames none in a flat bucket unless a limit is given.
   [[ -z $_bucket ]] || cat <<YAML
             - name: bucket
               csi:

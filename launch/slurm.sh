@@ -15,6 +15,7 @@
 # --nodes N            (default 1; LAUNCH_NODES)
 # --gpus N             GPUs of a node (default 8; LAUNCH_GPUS)
 # --task gpu|node      one task for each GPU, or for each node (default gpu; LAUNCH_TASK)
+# --cpus N             CPUs of a task (default: the cluster's, often 1, which starves the data loader; LAUNCH_CPUS)
 # --time LIMIT         time limit of one allocation (default: the partition's; LAUNCH_TIME)
 # --partition P        (LAUNCH_PARTITION)       --account A  (LAUNCH_ACCOUNT)
 # --save SECONDS       SIGTERM comes this long before the time limit (default 300; LAUNCH_SAVE)
@@ -35,6 +36,7 @@ _name=${LAUNCH_NAME:-}
 _nodes=${LAUNCH_NODES:-1}
 _gpus=${LAUNCH_GPUS:-8}
 _task=${LAUNCH_TASK:-gpu}
+_cpus=${LAUNCH_CPUS:-}
 _time=${LAUNCH_TIME:-}
 _partition=${LAUNCH_PARTITION:-}
 _account=${LAUNCH_ACCOUNT:-}
@@ -61,6 +63,7 @@ while (($#)); do
     --nodes) _nodes=$(value "$@") ;;
     --gpus) _gpus=$(value "$@") ;;
     --task) _task=$(value "$@") ;;
+    --cpus) _cpus=$(value "$@") ;;
     --time) _time=$(value "$@") ;;
     --partition) _partition=$(value "$@") ;;
     --account) _account=$(value "$@") ;;
@@ -80,6 +83,7 @@ done
 name --name "$_name"
 whole --nodes "$_nodes" 1
 whole --gpus "$_gpus" 1
+[[ -z $_cpus ]] || whole --cpus "$_cpus" 1
 whole --save "$_save" 1
 whole --max-restarts "$_max_restarts" 0
 [[ $_task == gpu || $_task == node ]] || bad "--task $_task: give gpu or node"
@@ -109,10 +113,10 @@ case $_action in
     fi
     # B: to the batch script, which passes it on: one way for a time limit, a stop and a preemption.
     run env "REFINE_JAX_MAX_RESTARTS=$_max_restarts" "REFINE_JAX_GRACE=$_save" sbatch "--job-name=$_name" \
-      "--nodes=$_nodes" "--ntasks-per-node=$_tasks" "--gpus-per-node=$_gpus" ${_time:+"--time=$_time"} \
-      ${_partition:+"--partition=$_partition"} ${_account:+"--account=$_account"} --requeue --open-mode=append \
-      "--signal=B:TERM@$_save" "--output=${_log//%/%%}" ${_flags[@]+"${_flags[@]}"} "$_here/slurm.sbatch" \
-      "${_training[@]}"
+      "--nodes=$_nodes" "--ntasks-per-node=$_tasks" "--gpus-per-node=$_gpus" ${_cpus:+"--cpus-per-task=$_cpus"} \
+      ${_time:+"--time=$_time"} ${_partition:+"--partition=$_partition"} ${_account:+"--account=$_account"} \
+      --requeue --open-mode=append "--signal=B:TERM@$_save" "--output=${_log//%/%%}" \
+      ${_flags[@]+"${_flags[@]}"} "$_here/slurm.sbatch" "${_training[@]}"
     ;;
   status) run squeue --me "--name=$_name" "--format=%i %j %T %M %r" ;;
   logs) run tail -n 100 -F -- "$_log" ;;

@@ -144,7 +144,7 @@ def cloud(place, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{place / 'tools'}:{os.environ['PATH']}")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in [*os.environ]:
-        if name.startswith(("LAUNCH_", "SLURM_", "JAX_COORD", "JAX_NUM", "JAX_PROC", "XDG_CACHE")):
+        if name.startswith(("LAUNCH_", "SLURM_", "SRUN_", "JAX_COORD", "JAX_NUM", "JAX_PROC", "XDG_CACHE")):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     return folder
@@ -277,6 +277,7 @@ SLURM = ["--name", "n", "--config", "c", "--workdir", "w"]
         ("slurm.sh", ["submit", *SLURM, "--task", "core"], "--task core"),
         ("slurm.sh", ["submit", *SLURM, "--time", "1h"], "--time 1h"),
         ("slurm.sh", ["submit", *SLURM, "--gpus", "1.5"], "--gpus 1.5"),
+        ("slurm.sh", ["submit", *SLURM, "--cpus", "0"], "--cpus 0"),
         ("local.sh", ["--processes", "two", "--", "true"], "--processes two"),
         ("local.sh", [], "--config is missing"),
     ],
@@ -441,7 +442,8 @@ def test_tpu_resume_gives_up_on_crashes_and_on_a_failed_request(cloud):
         *plan(cloud, ["code 0 134"] * 9, ["code 0 134"] * 9),
         code=1,
     )
-    assert (asked(cloud).count("start"), asked(cloud).count("again")) == (1, 2) and "the training ended with 134, 3 times" in done.stderr
+    assert (asked(cloud).count("start"), asked(cloud).count("again")) == (1, 2)
+    assert "the training ended with 134, 3 times" in done.stderr
     shutil.rmtree(cloud / "worker-0")
     (cloud / "worker-0").touch()  # no place to log in to
     done = launch("tpu_vm.sh", "resume", *TPU_HERE, "--max-restarts", "1", "--", "true", code=1)
@@ -628,7 +630,7 @@ def test_gke_dry_run_is_what_a_run_does(cloud):
 
 
 def test_slurm_life(cloud):
-    args = ["--name", "run-1", "--nodes", "2", "--time", "4:00:00", "--save", "120", "--log", "50%.log"]
+    args = ["--name", "run-1", "--nodes", "2", "--cpus", "12", "--time", "4:00:00", "--save", "120", "--log", "50%.log"]
     args += ["--sbatch-flag", "--constraint=h100", "--config", HOSTILE, "--workdir", "w", f"--config.x={HOSTILE}"]
     dry = launch("slurm.sh", "submit", *args, "--task", "node", "--dry-run")
     assert calls(cloud) == []
@@ -636,6 +638,7 @@ def test_slurm_life(cloud):
     assert printed(dry, "squeue", "sbatch") == calls(cloud)
     (sbatch,) = calls(cloud, "sbatch")
     assert {"--ntasks-per-node=1", "--gpus-per-node=8", "--signal=B:TERM@120", "--requeue"} < set(sbatch)
+    assert "--cpus-per-task=12" in sbatch
     assert f"--output={Path().absolute()}/50%%.log" in sbatch and not list(Path().rglob("pwned"))
     assert sbatch[-6:] == ["train", "--config", HOSTILE, "--workdir", "w", f"--config.x={HOSTILE}"]
     assert "REFINE_JAX_GRACE=120" in (cloud / "sbatch_env").read_text()
@@ -700,6 +703,15 @@ def test_slurm_sigterm_before_slurm_knows_the_step(cloud, place):
         job.stdout.read()
     assert job.returncode == 0 and calls(cloud, "scontrol") == [["scontrol", "requeue", "7"]]
     assert len(calls(cloud, "scancel")) > 1
+
+
+def test_slurm_step_has_the_cpus_of_the_job(cloud):
+    """From --cpus or --sbatch-flag: srun by itself gives its tasks one each."""
+    (cloud / "srun").write_text("#!/bin/sh\nprintenv SRUN_CPUS_PER_TASK || echo none\n")
+    (cloud / "srun").chmod(0o755)
+    for env, said in [({"SLURM_CPUS_PER_TASK": "16"}, "16\n"), ({}, "none\n")]:
+        with batch("true", PATH=f"{cloud}:{os.environ['PATH']}", **env) as job:
+            assert job.stdout.read() == said
 
 
 @pytest.mark.parametrize("code, runs, end", [(0, 1, 0), (2, 1, 2), (1, 1, 1), (75, 1, 0), (134, 3, 134)])
