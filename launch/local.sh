@@ -6,7 +6,8 @@
 #
 # --config F --workdir DIR  of the training (LAUNCH_CONFIG, LAUNCH_WORKDIR)
 # --processes N    processes (default 1; LAUNCH_PROCESSES)
-# --gpus N         GPUs of each process, from 0 on; 0 leaves each what it sees (default 0; LAUNCH_GPUS)
+# --gpus N         GPUs of each process, the first of those that CUDA_VISIBLE_DEVICES names, or of all; 0 leaves each what
+#                  it sees (default 0; LAUNCH_GPUS)
 # --port N         coordinator's port (default: the first free one from 12321 on; LAUNCH_PORT)
 # --logs DIR       write the output of process I to DIR/process-I.log (default: show it, marked [I]; LAUNCH_LOGS)
 # --grace SECONDS  from SIGTERM to SIGKILL, where one of them failed (default 30; LAUNCH_GRACE)
@@ -54,6 +55,11 @@ whole --processes "$_processes" 1
 whole --gpus "$_gpus" 0
 whole --grace "$_grace" 0
 [[ -z $_port ]] || whole --port "$_port" 1
+if ((_gpus)) && [[ -n ${CUDA_VISIBLE_DEVICES+x} ]]; then
+  IFS=, read -ra _visible <<<"$CUDA_VISIBLE_DEVICES"
+  ((_processes * _gpus <= ${#_visible[@]})) ||
+    bad "--gpus $_gpus: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names ${#_visible[@]}; give fewer, or unset it"
+fi
 training
 
 free_port() {
@@ -71,7 +77,13 @@ environment() {
     "JAX_COORDINATOR_ADDRESS=127.0.0.1:$_port" "JAX_NUM_PROCESSES=$_processes" "JAX_PROCESS_ID=$1"
   )
   for ((gpu = $1 * _gpus; gpu < ($1 + 1) * _gpus; gpu++)); do ids+=${ids:+,}$gpu; done
-  [[ -z $ids ]] || _settings+=("JAX_LOCAL_DEVICE_IDS=$ids")
+  if [[ -n $ids ]] && ((_processes == 1)); then
+    # jax reads the ids, which count the visible ones, for several processes alone.
+    [[ -z ${CUDA_VISIBLE_DEVICES+x} ]] || ids=$(cut -d, "-f1-$_gpus" <<<"$CUDA_VISIBLE_DEVICES")
+    _settings+=("CUDA_VISIBLE_DEVICES=$ids")
+  elif [[ -n $ids ]]; then
+    _settings+=("JAX_LOCAL_DEVICE_IDS=$ids")
+  fi
 }
 
 # shellcheck disable=SC2317,SC2329 # called by the trap

@@ -227,8 +227,9 @@ def test_what_the_caller_exports_reaches_the_training(cloud):
     text = "\n".join(path.read_text() for path in scripts)
     names = set(re.findall(r"(?<![\w$-])([A-Za-z]\w*)(?:\+?=|\[)", text)) | set(re.findall(r"\$\{?([A-Za-z]\w*)", text))
     names |= {"PORT", "NAME", "CONFIG", "GPUS", "PROCESSES", "PROJECT", "TIME", "STATE", "code", "step", "FAILED"}
+    bash = {"IFS", "SECONDS"}  # which takes neither from outside
     ours = ("LAUNCH_", "JAX_", "REFINE_JAX_", "SLURM_", "BASH_", "PYTHON", "XDG_")
-    names = sorted(name for name in names if not name.startswith(ours) and name not in {*os.environ, "SECONDS", "HOME"})
+    names = sorted(name for name in names if not name.startswith(ours) and name not in {*os.environ, *bash})
     env = {**os.environ, **dict.fromkeys(names, "caller"), "SLURM_JOB_ID": "7"}
     show = ["bash", "-c", 'env >>"$CLOUD/seen"']
     home = Path("home", "refine-jax", "n")
@@ -757,7 +758,8 @@ def gone(pid):
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
-def test_local_dry_run_quotes():
+def test_local_dry_run_quotes(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     args = ["--processes", "2", "--gpus", "2", "--port", "5000", "--config", HOSTILE, "--workdir", "w"]
     with local(*args, f"--config.x={HOSTILE}", "--dry-run") as job:
         lines = [shlex.split(line) for line in job.stdout]
@@ -767,6 +769,32 @@ def test_local_dry_run_quotes():
         [*common, "JAX_PROCESS_ID=0", "JAX_LOCAL_DEVICE_IDS=0,1", *train],
         [*common, "JAX_PROCESS_ID=1", "JAX_LOCAL_DEVICE_IDS=2,3", *train],
     ]
+
+
+@pytest.mark.parametrize(
+    "processes, gpus, visible, told",
+    [
+        (1, 2, None, ["CUDA_VISIBLE_DEVICES=0,1"]),
+        (1, 2, "3,5,7", ["CUDA_VISIBLE_DEVICES=3,5"]),
+        (1, 1, "GPU-8932f937,GPU-f123d1eb", ["CUDA_VISIBLE_DEVICES=GPU-8932f937"]),
+        (2, 1, "3,5", ["JAX_LOCAL_DEVICE_IDS=0", "JAX_LOCAL_DEVICE_IDS=1"]),
+        (1, 0, "3,5", [None]),
+        (1, 3, "3,5", "names 2"),
+        (2, 1, "3", "names 1"),
+        (1, 1, "", "names 0"),
+    ],
+)
+def test_local_gpus(processes, gpus, visible, told):
+    """jax reads JAX_LOCAL_DEVICE_IDS of several processes; of one CUDA itself must hide the rest."""
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    env |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    args = ["--processes", str(processes), "--gpus", str(gpus), "--port", "5000", "--dry-run", "--", "true"]
+    done = subprocess.run(["bash", LAUNCH / "local.sh", *args], env=env, capture_output=True, text=True)
+    if isinstance(told, str):
+        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+    else:
+        found = [re.findall(r"(?:CUDA_|JAX_LOCAL_)\S+", line) for line in done.stdout.splitlines()]
+        assert found == [[word] if word else [] for word in told]
 
 
 def test_local_passes_sigterm_on_and_ends_with_75(tmp_path):
