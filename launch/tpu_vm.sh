@@ -180,7 +180,7 @@ to_send() {
 # install: where it fails, sets _broken to what failed on which workers; empty where they could not be reached.
 install() {
   local answer line what code=0 cache=${XDG_CACHE_HOME:-$HOME/.cache}/refine-jax
-  local -A where=()
+  local -A hosts=()
   _broken=''
   to_send
   git -C "$_here/.." diff --quiet HEAD -- || say "what is not committed is not sent to the workers"
@@ -193,9 +193,9 @@ install() {
   answer=$(remote all install "$_name" "$_version" "$_setup") || code=$?
   while read -r line; do
     [[ $line =~ worker\ ([^\ ]+)\ failed\ (setup|installation) ]] || continue
-    where[${BASH_REMATCH[2]}]+=" ${BASH_REMATCH[1]}"
+    hosts[${BASH_REMATCH[2]}]+=" ${BASH_REMATCH[1]}"
   done <<<"$answer"
-  for what in "${!where[@]}"; do _broken+="${_broken:+; }$what failed on${where[$what]}"; done
+  for what in "${!hosts[@]}"; do _broken+="${_broken:+; }$what failed on${hosts[$what]}"; done
   [[ -z $_broken ]] || code=$_bad_input
   [[ -z $answer ]] || printf '%s\n' "$answer" >&$((code ? 2 : 1))
   return "$code"
