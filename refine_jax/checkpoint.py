@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from refine_jax import distributed, parallel
+from refine_jax import configuration, distributed, parallel
 from refine_jax.convert.reader import DTYPES
 from refine_jax.errors import RefineError, listed, out_of_memory
 from refine_jax.models import quantize
@@ -89,7 +89,8 @@ def save_model(
         with ocp.PyTreeCheckpointer() as checkpointer:
             for network, tree in trees.items():
                 # A block of a stack alone, for who reads one block after the other (`convert.export`).
-                how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,)), tree)
+                cut = lambda leaf: ocp.SaveArgs(chunk_byte_size=_CHUNK, shard_axes=(0,) if leaf.ndim else ())
+                how = jax.tree.map(cut, tree)
                 checkpointer.save((folder / ORBAX / network).absolute(), tree, force=True, save_args=how)
     else:
         if first:
@@ -175,7 +176,7 @@ def stored_sizes(folder: str | Path) -> Counter[str]:
     """
     folder, sizes, found = Path(folder), Counter(), []
     if (folder / ORBAX).is_dir():
-        for path in sorted(path for path in (folder / ORBAX).iterdir() if path.is_dir()):
+        for path in sorted(path for path in (folder / ORBAX).absolute().iterdir() if path.is_dir()):
             with _restoring(path) as (_, stored):
                 found += stored.values()
     else:
@@ -207,7 +208,10 @@ def _stored(path: Path) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _restoring(path: Path) -> Iterator[tuple[ocp.PyTreeCheckpointer, dict[str, Any]]]:
-    """(what reads an orbax checkpoint, the metadata of its leaves). Raises `RefineError` for one that is damaged."""
+    """(what reads an orbax checkpoint, the metadata of its leaves). Raises `RefineError` for one that is damaged.
+
+    path: absolute; orbax finds no metadata otherwise.
+    """
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(path).item_metadata
@@ -494,9 +498,9 @@ _NO_ORDER = ("data.workers", "data.validation", "data.max_corrupt")
 # Settings that change nothing of what is trained, and those without which the weights mean something else.
 _BESIDE = {
     *("log_every", "save_every", "keep", "keep_every", "pictures", "validation", "profile"),
-    *("topology", "rules", "remat", "lora.init_from", "vae_from", "objective"),
+    *("topology", "rules", "remat", "lora.init_from", "lora.targets", "objective"),
 }
-_FIXED = ("variant", "conditioning", "prompt", "lora.alpha", "lora.targets", "train_encoder")
+_FIXED = ("variant", "conditioning", "prompt", "lora.alpha")
 
 
 def _named(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -540,15 +544,16 @@ def changes(position: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _other_settings(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> list[str]:
     if before is None or now is None:
         return []
-    # A key that is left out is as one that says nothing.
-    saved, wanted = ({name: value for name, value in _named(tree) if value} for tree in (before, now))
+    saved, wanted = (dict(_named(tree)) for tree in (before, now))
     lines = []
     for name in sorted(saved.keys() | wanted.keys()):
-        old, new = saved.get(name), wanted.get(name)
+        # A key that is left out has its default; None, "" and () all say nothing.
+        old, new = (found.get(name, configuration.OPTIONAL.get(name)) for found in (saved, wanted))
+        old, new = (None if value in ("", [], (), {}) else value for value in (old, new))
         if old == new or name in _BESIDE or name.partition(".")[0] in _BESIDE:
             continue
         said = f"resumed with another {name}: {new!r}, saved with {old!r}"
         if name in _FIXED:
             raise RefineError(f"{said}, which the weights were trained with; give that again, or a new work folder")
-        lines.append(f"{said}; it must be the same model" if name == "init_from" else said)
+        lines.append(f"{said}; it must be the same model" if name in ("init_from", "vae_from") else said)
     return lines

@@ -6,6 +6,7 @@ An objective is a value that the trainer (`refine_jax.train`) drives; `make` bui
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         return pairs_of(config, "train")
 
     def held_out() -> Iterator:
-        if data.source in ("records", "cache") and viewed == data.path:
+        if data.source in ("records", "cache") and os.path.realpath(viewed) == os.path.realpath(data.path):
             raise RefineError(
                 f"validation.every {validated}: the loss is measured on pairs that are not trained on; set "
                 f"data.validation to a {'cache' if cached else 'dataset'} of such"
@@ -260,6 +261,7 @@ def refine_objective(config: ml_collections.ConfigDict, model: ModelConfig | Non
         still = ml_collections.ConfigDict(config.to_dict())
         still.instruction_dropout = 0.0
         still.data.update(path=viewed, workers=0, margin_jitter=0.0, reference_dropout=0.0)
+        still.data.text_to_image = float(data.get("text_to_image", 0.0) == 1)  # all of it is no chance
         return pairs_of(still, "eval")
 
     def pairs_of(config: ml_collections.ConfigDict, split: str) -> Iterator:

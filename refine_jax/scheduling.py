@@ -10,7 +10,7 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -283,6 +283,9 @@ class Scheduler:
             jax.block_until_ready(launched)
             self._clock.working.append((at, time.perf_counter()))
             results = batch.door.fetch(launched, len(batch.rows))
+            bad = [result for result in results if isinstance(result, RefineError)]
+            if len(bad) == len(results):
+                raise bad[0]
         except Exception as error:
             self._fail(batch, error)
             return
@@ -292,6 +295,9 @@ class Scheduler:
         self.summary.rows += len(batch.rows)
         self.summary.padding += batch.door.rows_of(len(batch.rows)) - len(batch.rows)
         for (task, order), result in zip(batch.rows, results):
+            if isinstance(result, RefineError):
+                self._lose([task], _reason(result))
+                continue
             task.results[order] = result
             task.missing -= 1
             if task.missing == 0:
@@ -303,13 +309,9 @@ class Scheduler:
         # A bucket that is too large for the device says nothing of the others, however often it comes.
         large = out_of_memory(error)
         with self._failing:
-            lost = {id(task): task for task, _ in batch.rows if task.missing > 0}
-            for task in lost.values():
-                task.missing = -(2**30)  # its other rows come to nothing
             self._failed.add((id(batch.door), batch.bucket) if large else object())
             many = len(self._failed) >= _FAILURES
-        for task in lost.values():
-            self._refuse(task.request, FAILED, reason)
+        self._lose([task for task, _ in batch.rows], reason)
         if many:
             self._errors.append(
                 RefineError(
@@ -318,6 +320,15 @@ class Scheduler:
                 )
             )
             self._stop.set()
+
+    def _lose(self, tasks: Iterable[_Task], reason: str) -> None:
+        """These requests have failed, whatever becomes of their other rows."""
+        with self._failing:
+            lost = {id(task): task for task in tasks if task.missing > 0}
+            for task in lost.values():
+                task.missing = -(2**30)
+        for task in lost.values():
+            self._refuse(task.request, FAILED, reason)
 
     def _done(self, task: _Task) -> None:
         self._open.acquire()
@@ -369,8 +380,9 @@ def _measure(intervals: Sequence[tuple[float, float]]) -> float:
 
 
 def _reason(error: Exception) -> str:
-    """In one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """In one line; what a user can mend as it is."""
+    said = " ".join(str(error).split())[:300]
+    return said if isinstance(error, RefineError) else f"{type(error).__name__}: {said}"
 
 
 def _share(task: _Task) -> int:

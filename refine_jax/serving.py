@@ -109,15 +109,15 @@ class Door:
     def fetch(self, launched: Launched, count: int) -> list[Any]:
         """Wait for what `launch` returned: of each of the `count` rows its result as numpy arrays.
 
-        Raises `RefineError` where one is not made of numbers, which in 8 bits is black.
+        A `RefineError` stands in the place of one that is not made of numbers, which in 8 bits is black.
         """
         arrays = jax.tree.map(parallel.fetch, launched)
-        if not arrays.finite[:count].all():
-            raise RefineError(
-                "result: holds values that are not finite; look for such in the files of weights and adapters, or give "
-                "dtype float32"
-            )
-        return [jax.tree.map(lambda array: array[row], arrays.results) for row in range(count)]  # noqa: B023
+        error = RefineError(
+            "result: holds values that are not finite; look for such in the files of weights and adapters, or give "
+            "dtype float32"
+        )
+        taken = lambda row: jax.tree.map(lambda array: array[row], arrays.results)
+        return [taken(row) if arrays.finite[row] else error for row in range(count)]
 
     def parts(self, row: Any) -> tuple:
         """Shapes that decide programs of a row besides its bucket's."""
@@ -174,7 +174,10 @@ class Door:
                 rows = [jobs[number].rows[order] for number, order in batch]
                 bucket = join(row.bucket for row in rows)
                 launched = self.launch(bucket, rows, self._progress if progress else None)
-                results.update(zip(batch, self.fetch(launched, len(batch))))
+                fetched = self.fetch(launched, len(batch))
+                if bad := next((found for found in fetched if isinstance(found, RefineError)), None):
+                    raise bad
+                results.update(zip(batch, fetched))
         return [
             job.finish([results[number, order] for order in range(len(job.rows))]) for number, job in enumerate(jobs)
         ]

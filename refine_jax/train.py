@@ -292,8 +292,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path, progress: bool
             position = {"iterator": batches.get_state(), "elapsed": watch.elapsed(), **_said(config)}
             checkpoint.save_state(mngr, step, state, position, force=True)
 
-        if not first:
-            watch.validate(0, state.ema or state.params, frozen)
+        watch.validate(first, state.ema or state.params, frozen)
         for done in range(first + 1, config.steps + 1):
             with watch.waiting():
                 batch = parallel.shard_batch(next(batches), mesh, config.batch_size)

@@ -76,8 +76,8 @@ class Watch:
         if (config.get("validation") or {}).get("every"):
             self._held_out = self._stack.enter_context(contextlib.closing(objective.held_out()))
             self._from = self._held_out.get_state()
-            if self._speaks:
-                self._measured = self._stack.enter_context(_history(workdir / "validation.jsonl", first))
+            if self._speaks:  # that of the step resumed from is told again: it may have ended before it was told
+                self._measured = self._stack.enter_context(_history(workdir / "validation.jsonl", first - 1))
         self._profile = tuple(config.get("profile", ())) or None
         self._tracing = False
         self._asked = threading.Event()
@@ -162,7 +162,7 @@ class Watch:
         self._moment = None  # this was no step
 
     def validate(self, done: int, params: Any, frozen: Any) -> None:
-        """Every `config.validation.every` steps, and before the first: the loss on the objective's first
+        """Every `config.validation.every` steps, and before the first of a start: the loss on the objective's first
         `config.validation.batches` held-out batches, each time with the same draws of noise and time."""
         if self._held_out is None or done % self._config.validation.every:
             return
@@ -242,7 +242,8 @@ def _history(path: Path, last: int) -> TextIO:
 
 
 def _write_line(file: TextIO, values: Mapping[str, float]) -> None:
-    rounded = {k: float(f"{v:.7g}") if math.isfinite(v) else None for k, v in values.items()}
+    short = lambda v: v if isinstance(v, int) else float(f"{v:.7g}") if math.isfinite(v) else None
+    rounded = {k: short(v) for k, v in values.items()}
     file.write(json.dumps(rounded) + "\n")
     file.flush()
 

@@ -84,6 +84,7 @@ def test_a_large_model_is_cut_by_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "LARGE", 0)
     kernel = jax.numpy.zeros((6, 1024, 520))
     save_model(tmp_path, {}, {"mmdit": {"blocks": {"kernel": kernel, "scale": jax.numpy.zeros((6, 8))}}})
+    save_model(tmp_path / "number", {}, {"mmdit": {"number": jax.numpy.zeros(())}})  # has no axis
     base = {"driver": "file", "path": f"{tmp_path / checkpoint.ORBAX / 'mmdit'}/"}
     store = {"driver": "ocdbt", "base": base, "path": "blocks.kernel/"}
     array = tensorstore.open({"driver": "zarr", "kvstore": store}).result()
@@ -98,7 +99,10 @@ def test_stored_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "LARGE", 0)
     mixed = {**TREES, "mmdit": jax.tree.map(lambda x: x.astype("bfloat16"), TREES["mmdit"])}
     save_model(tmp_path / "parts", {}, mixed)
-    assert checkpoint.stored_sizes(tmp_path / "parts") == {"bfloat16": 2 * sizes["mmdit"], "float32": 4 * sizes["vae"]}
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "parts", "parts"):
+        assert checkpoint.stored_sizes(folder) == {"bfloat16": 2 * sizes["mmdit"], "float32": 4 * sizes["vae"]}
+        assert load_weights(folder, abstract())["mmdit"]["blocks"]["to_q"]["kernel"].shape == (2, 4, 4)
     refused(lambda: checkpoint.stored_sizes(tmp_path / "none"), "none", "incomplete")
 
 
@@ -211,7 +215,10 @@ def test_another_number_of_processes_is_said(tmp_path):
     assert "another data.buckets: the order" in line
     saved["settings"] = {"lora": {"alpha": 4.0, "rank": 2}, "sigma": {"shift": 1.0}, "init_from": "a", "keep": 2}
     now = lambda **changes: {**saved, "settings": {**saved["settings"], "prompt": "", **changes}}
-    assert checkpoint.changes(saved, now(keep=3, pictures={"every": 2})) == []
+    assert checkpoint.changes(saved, now(keep=3, pictures={"every": 2}, ema_ramp=True, scan=None)) == []
+    assert checkpoint.changes(saved, now(ema_ramp=False)) == ["resumed with another ema_ramp: False, saved with True"]
+    (line,) = checkpoint.changes(saved, now(vae_from="x"))
+    assert "another vae_from" in line and "same model" in line
     assert checkpoint.changes(saved, now(sigma={"shift": 3.0}, init_from="b", steps=9)) == [
         "resumed with another init_from: 'b', saved with 'a'; it must be the same model",
         "resumed with another sigma.shift: 3.0, saved with 1.0",

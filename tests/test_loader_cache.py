@@ -346,6 +346,10 @@ def test_a_lora_is_trained_from_the_cache(made, tmp_path):
     other = tmp_path / "other"
     other.symlink_to(folder)
     config.data.validation = str(other)
+    with pytest.raises(RefineError, match="not trained on"):
+        objectives.make(config).held_out()
+    other.unlink()
+    shutil.copytree(folder, other)
     train(config, tmp_path / "cached", progress=False)
     told = [json.loads(line) for line in (tmp_path / "cached" / "validation.jsonl").open()]
     assert [line["step"] for line in told] == [0, 1] and told[0]["loss"] > 0 and told[0].keys() == told[1].keys()

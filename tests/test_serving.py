@@ -31,10 +31,10 @@ def test_programs_have_no_more_rows_than_they_must(count, ways):
 
 
 class PlainDoor:
-    """Its rows are numbers, their results too; `bad` buckets fail."""
+    """Its rows are numbers, their results too; `bad` buckets fail, and the numbers `black` have no result."""
 
-    def __init__(self, batch_size: int, slow: float = 0.0, bad: tuple = ()):
-        self.batch_size, self.slow, self.bad = batch_size, slow, bad
+    def __init__(self, batch_size: int, slow: float = 0.0, bad: tuple = (), black: tuple = ()):
+        self.batch_size, self.slow, self.bad, self.black = batch_size, slow, bad, black
         self.programs = executables.Store()
         self.launched: list[tuple] = []
 
@@ -53,7 +53,7 @@ class PlainDoor:
         return np.array([row.value for row in rows])
 
     def fetch(self, launched, count):
-        return list(launched)
+        return [RefineError("result: not finite") if value in self.black else value for value in launched]
 
     def rows_of(self, count):
         return self.batch_size
@@ -156,6 +156,16 @@ def test_a_batch_that_fails_takes_its_requests_along_and_no_others():
     done, refused, _, _ = run(requests, bad=("bad",))
     assert set(done) == {str(k) for k in range(8)} - {"3"}
     assert list(refused) == ["3"] and refused["3"][0] == FAILED and "too large" in refused["3"][1]
+
+
+def test_a_row_without_a_result_hinders_no_neighbour():
+    """Nor does it end the run, however many batches have one; a whole batch of them is one that failed."""
+    requests = [request(k, rows=[("x", 2 * k), ("x", 2 * k + 1)]) for k in range(20)]
+    done, refused, _, _ = run(requests, black=(0, 7, 18, 19, 39))
+    assert set(refused) == {"0", "3", "9", "19"} and set(done) == {str(k) for k in range(20)} - set(refused)
+    assert set(refused.values()) == {(FAILED, "result: not finite")}
+    with pytest.raises(RefineError, match="batches in a row failed .result: not finite"):
+        run([request(k, rows=[("x", k)]) for k in range(40)], black=tuple(range(40)))
 
 
 def test_a_device_that_is_lost_ends_the_run():
