@@ -455,10 +455,6 @@ def _start(
         **settings,
     )
     if config.get("quantize"):
-        if trained:
-            raise RefineError(
-                f"quantize {config.quantize!r}: is of what a LoRA leaves frozen; set lora, or take it out"
-            )
         made = dataclasses.replace(made, bagel=loading.quantized_part(made.bagel, config.quantize))
     return source if config.init_from else _Scratch(made, config.seed), made
 

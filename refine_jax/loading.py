@@ -115,11 +115,9 @@ def load(
         config.require(*wanted)
     shardings = parallel.param_shardings(boxed, mesh, rules)
     placed = parallel.placed(abstract, shardings)
-    cheaper = "" if dtype == "bfloat16" else "dtype bfloat16, "
-    smaller = "" if quantize else "quantize int8, "
-    memory.check(
-        placed, f"model {str(model)!r}: its weights", f"give {cheaper}{smaller}or a mesh of more devices (mesh.fsdp)"
-    )
+    remedies = ["dtype bfloat16"] * (dtype != "bfloat16") + ["quantize int8"] * (not quantize)
+    remedies.append("a mesh of more devices (mesh.fsdp)")
+    memory.check(placed, f"model {str(model)!r}: its weights", f"give {' or '.join(remedies)}")
     read = lambda: source.parameters(abstract, shardings, dtype, progress)
     if extra and merge:
         before, after = _by_kernel(extra, abstract)

@@ -64,6 +64,8 @@ def make(config: ml_collections.ConfigDict, model: ModelConfig | BagelModel | No
     }
     if config.objective not in known:
         raise RefineError(f"objective {config.objective!r}: choose one of {', '.join(known)}")
+    if config.get("quantize") and not config.get("lora"):
+        raise RefineError(f"quantize {config.quantize!r}: is of what a LoRA leaves frozen; set lora, or take it out")
     try:
         return known[config.objective](config)
     except (TypeError, AttributeError, KeyError) as error:  # a field too many or too few
@@ -466,10 +468,6 @@ def _start(
         kind = "float32" if name in trained else config.dtype
         parts[name] = dataclasses.replace(getattr(found, name), dtype=config.dtype, param_dtype=kind)
     if config.get("quantize"):
-        if trained:
-            raise RefineError(
-                f"quantize {config.quantize!r}: is of what a LoRA leaves frozen; set lora, or take it out"
-            )
         parts["mmdit"] = loading.quantized_part(parts["mmdit"], config.quantize)
     if config.get("remat"):
         parts["mmdit"] = dataclasses.replace(parts["mmdit"], remat=config.remat)

@@ -97,7 +97,9 @@ def test_weights_that_cannot_fit_are_refused_unread(made, converted, monkeypatch
     for door in (made[0], converted):
         with pytest.raises(RefineError, match=r"take \d+\.\d GiB on this machine, which has 0\.0 GiB") as error:
             loading.load(door, dtype="float32")
-        assert "give dtype bfloat16, quantize int8, or a mesh" in str(error.value)
+        assert "give dtype bfloat16 or quantize int8 or a mesh" in str(error.value)
+        with pytest.raises(RefineError, match="; give a mesh of more devices"):
+            loading.load(door, dtype="bfloat16", quantize="int8")
     monkeypatch.setattr(memory, "limit", lambda device: None)  # nobody knows
     assert loading.load(converted).variables
 
